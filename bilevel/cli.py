@@ -1,0 +1,302 @@
+"""The `bilevel` command: `bilevel tune DATA` and `bilevel clean DATA`.
+
+Whatever can be wrong with the input is found before anything is computed and ends in one line on
+standard error and exit code 2. Progress goes to standard error, the table to standard output, the
+results to `--out DIR`.
+"""
+
+import argparse
+import contextlib
+import math
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from bilevel.tuning.errors import InputError
+from bilevel.tuning.output import OutDir, versions
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code: 0, 1 (the computation failed) or 2 (bad input)."""
+    try:
+        options = _parser().parse_args(argv)
+        return options.run(options)
+    except InputError as error:
+        print(f"bilevel: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("bilevel: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # `bilevel ... | head`
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse prints its usage before an error; here an error is one line that says what to do."""
+
+    def error(self, message: str) -> NoReturn:
+        if message.startswith("unrecognized"):
+            message += "; expected options of `bilevel tune --help` or `bilevel clean --help`"
+        elif "expected" not in message:
+            message += f"; expected {self.format_usage().removeprefix('usage: ')}"
+        raise InputError(message)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="bilevel",
+        description="Hyperparameters by hypergradients: tune a penalty, clean labels.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=_version())
+    commands = parser.add_subparsers(
+        dest="command", metavar="{tune,clean}", required=True, parser_class=_Parser
+    )
+    _add_tune(commands)
+    _add_clean(commands)
+    return parser
+
+
+def _add_tune(commands: Any) -> None:
+    tune = commands.add_parser(
+        "tune",
+        allow_abbrev=False,
+        help="tune the penalty of a linear model by cross-validation",
+        description="Tune one penalty of ridge, logistic or softmax regression (chosen from the "
+        "target) on cross-validation folds, refit on all training rows, and test once.",
+    )
+    _add_common(tune)
+    tune.add_argument(
+        "--folds", type=_integer(2), default=5, metavar="K", help="cross-validation folds (5)"
+    )
+    tune.add_argument(
+        "--test-size",
+        type=_share(low_open=True),
+        default=0.25,
+        metavar="SHARE",
+        help="share of the rows kept for the test (0.25)",
+    )
+    tune.set_defaults(run=_run_tune)
+
+
+def _add_clean(commands: Any) -> None:
+    clean = commands.add_parser(
+        "clean",
+        allow_abbrev=False,
+        help="find wrong labels with a few trusted examples",
+        description="Learn one weight for each training example so that a softmax regression "
+        "fitted with these weights does well on N trusted examples; refit, and test once.",
+    )
+    _add_common(clean)
+    clean.add_argument(
+        "--trusted",
+        type=_integer(1),
+        required=True,
+        metavar="N",
+        help="number of rows, drawn at random, whose labels are trusted",
+    )
+    clean.add_argument(
+        "--flip",
+        type=_share(low_open=False),
+        default=0.0,
+        metavar="P",
+        help="first make this share of the training labels wrong on purpose (0)",
+    )
+    clean.add_argument(
+        "--train",
+        type=_integer(1),
+        default=None,
+        metavar="N",
+        help="training rows; the rest is the test set (about 60 %% of the rows not trusted)",
+    )
+    clean.set_defaults(run=_run_clean)
+
+
+def _add_common(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("data", metavar="DATA", help="a CSV file, or the name of a bundled set")
+    parser.add_argument(
+        "--target", metavar="COLUMN", help="the column to predict (bundled sets: target)"
+    )
+    parser.add_argument(
+        "--seed", type=_integer(0, 2**32 - 1), default=0, metavar="N", help="seed of all splits (0)"
+    )
+    parser.add_argument(
+        "--engine", default="implicit", metavar="NAME", help="hypergradient engine (implicit)"
+    )
+    parser.add_argument("--out", metavar="DIR", help="directory for result.json and model.npz")
+    parser.add_argument(
+        "--force", action="store_true", help="replace results that are already in DIR"
+    )
+
+
+def _integer(low: int, high: int | None = None) -> Callable[[str], int]:
+    bounds = f"of at least {low}" if high is None else f"from {low} to {high}"
+
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = None
+        if value is None or value < low or (high is not None and value > high):
+            raise argparse.ArgumentTypeError(f"expected an integer {bounds}, got {text!r}")
+        return value
+
+    return parse
+
+
+def _share(*, low_open: bool) -> Callable[[str], float]:
+    bounds = "above 0 and below 1" if low_open else "of at least 0 and below 1"
+
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not (0 < value < 1 or (value == 0 and not low_open)):
+            raise argparse.ArgumentTypeError(f"expected a number {bounds}, got {text!r}")
+        return value
+
+    return parse
+
+
+def _version() -> str:
+    return f"bilevel {versions().get('bilevel', '(not installed)')}"
+
+
+@contextlib.contextmanager
+def _output(options: argparse.Namespace) -> Iterator[OutDir | None]:
+    """The checked output directory; made by us and left empty, it is removed again."""
+    out = None if options.out is None else OutDir(options.out, options.force)
+    try:
+        yield out
+    finally:
+        if out is not None:
+            out.undo()
+
+
+def _run_tune(options: argparse.Namespace) -> int:
+    with _output(options) as out:
+        from bilevel.tuning.data import load_table
+        from bilevel.tuning.splits import tune_split
+
+        table = load_table(options.data, options.target)
+        split = tune_split(table, options.folds, options.test_size, options.seed)
+        _check_engine(options.engine)
+        from bilevel.tuning.tune import tune
+
+        return _compute(
+            options,
+            out,
+            lambda: tune(table, split, engine=options.engine, say=_say),
+            # Penalties over ten decades: single precision would blur the flat parts of the curve.
+            x64=True,
+        )
+
+
+def _run_clean(options: argparse.Namespace) -> int:
+    with _output(options) as out:
+        from bilevel.tuning.data import load_table
+        from bilevel.tuning.splits import clean_split
+
+        table = load_table(options.data, options.target)
+        if table.classes is None:
+            raise InputError(
+                f"target {table.target!r} has more than 20 distinct numbers; expected classes"
+            )
+        split = clean_split(table, options.trusted, options.train, options.seed)
+        _check_engine(options.engine)
+        from bilevel.tuning.clean import clean
+
+        return _compute(
+            options,
+            out,
+            lambda: clean(
+                table,
+                split,
+                flip=options.flip,
+                seed=options.seed,
+                engine=options.engine,
+                say=_say,
+            ),
+            # Only penalties that are large against rounding, and three times faster.
+            x64=False,
+        )
+
+
+def _check_engine(name: str) -> None:
+    from bilevel.tuning.engines import engine_names
+
+    known = engine_names()
+    if name not in known:
+        raise InputError(f"unknown engine {name!r}; expected one of {', '.join(known)}")
+
+
+def _compute(
+    options: argparse.Namespace, out: OutDir | None, work: Callable[[], Any], *, x64: bool
+) -> int:
+    """Compute, print the table, write the files."""
+    import jax
+
+    import bilevel
+
+    _enable_compilation_cache()
+    try:
+        with jax.enable_x64(x64):
+            outcome = work()
+    except bilevel.BilevelError as error:
+        text = " ".join(str(error).split())
+        print(f"bilevel: the computation failed: {text}", file=sys.stderr)
+        return 1
+    print(outcome.text)
+    if out is not None:
+        head = {
+            "command": options.command,
+            "data": options.data,
+            "target": outcome.target,
+            "seed": options.seed,
+            "engine": options.engine,
+            "versions": versions(),
+        }
+        try:
+            out.write(head | outcome.result, outcome.arrays)
+        except OSError as error:
+            print(f"bilevel: cannot write results to {out.path}: {error}", file=sys.stderr)
+            return 1
+        print(f"\nwritten: {out.path / 'result.json'}, {out.path / 'model.npz'}")
+    return 0
+
+
+def _say(text: str) -> None:
+    print(f"bilevel: {text}", file=sys.stderr, flush=True)
+
+
+def _enable_compilation_cache() -> None:
+    """Keep compiled programs in the user's cache directory, so that the next run starts fast.
+
+    A cache set by the user (`JAX_COMPILATION_CACHE_DIR`) is left alone; a directory that cannot be
+    written to only costs speed.
+    """
+    import jax
+
+    if jax.config.jax_compilation_cache_dir is not None:
+        return
+    try:
+        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        directory = Path(base) / "bilevel" / "jax"
+        directory.mkdir(parents=True, exist_ok=True)
+        probe = directory / f".probe-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except (OSError, RuntimeError):
+        return
+    jax.config.update("jax_compilation_cache_dir", str(directory))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,231 @@
+"""The outer loop: chunks of outer steps, each one call of one compiled program."""
+
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import Array
+
+from bilevel import transforms, validation
+from bilevel.calls import can_estimate, engine_step, init_engine, with_estimate
+from bilevel.progress import Progress
+from bilevel.result import Best, BilevelError, History, Result, RunState, join, record
+from hypergrad import AbstractEngine, BilevelProblem
+from hypergrad.base import Solver
+from solvers import Status, tree
+from solvers.fields import at_step
+from solvers.optax_solver import optax_init, optax_update
+from solvers.static_function import StaticFunction
+from solvers.types import Tree
+
+
+def run(
+    problem: BilevelProblem,
+    lam: Tree,
+    w: Tree,
+    *,
+    num_steps: int = 100,
+    solver: Solver | str | None = None,
+    engine: AbstractEngine | str = "implicit",
+    outer: optax.GradientTransformation | None = None,
+    transform: Any = None,
+    key: Array | None = None,
+    chunk: int | None = None,
+    outer_tol: float = 0.0,
+    patience: int | None = None,
+    progress: bool | None = None,
+    callback: Callable[[RunState, History], Any] | None = None,
+    state: RunState | None = None,
+    throw: bool = True,
+) -> Result:
+    """Minimise the outer loss by hypergradient steps; inner and adjoint solves are warm-started.
+
+    Args:
+      problem, lam, w, solver, engine, key: as in `hypergradient`.
+      num_steps: outer steps to take (from `state`, where given: that many more).
+      outer: optax rule for the outer variable; default `optax.adam(1e-1)`.
+      transform: prefix tree of `bilevel.transforms`: the rule moves the unconstrained value.
+      chunk: outer steps in one compiled call; default a tenth of the run, at most 100. The numbers do
+        not depend on it, nor does a last, shorter chunk compile again.
+      outer_tol: stop where the hypergradient's 2-norm (natural scale) is at most this, after a chunk.
+      patience: stop after this many steps without a new best outer value.
+      progress: print a line per chunk; None does so where standard error is a terminal.
+      callback: called as `callback(state, history_of_the_chunk)` after each chunk; a true result stops.
+      state: `result.state` of an earlier run to go on from; `lam` and `w` then only give the shapes.
+      throw: raise BilevelError at the end of a chunk for NONFINITE, INDEFINITE, BREAKDOWN or DIVERGED,
+        and after the last step where it ended with MAX_STEPS.
+
+    A step with one of the first four statuses stops the run, and does not move `lam`. Ctrl-C between two
+    chunks returns what was done so far.
+
+    Raises TypeError or ValueError for bad input, before any compute.
+    """
+    validation.problem(problem)
+    engine = validation.engine(engine)
+    solver = validation.solver(solver, engine, problem)
+    lam, w = validation.variables("lam", lam), validation.variables("w", w)
+    key = jax.random.key(0) if key is None else key
+    if validation.is_traced(problem, lam, w, solver, engine, key):
+        raise TypeError("run works from Python, between compiled chunks: do not call it inside jit.")
+    num_steps = _count("num_steps", num_steps, 0)
+    chunk = min(max(num_steps // 10, 1), 100) if chunk is None else _count("chunk", chunk, 1)
+    if patience is not None:
+        patience = _count("patience", patience, 1)
+    outer = optax.adam(1e-1) if outer is None else outer
+    if not isinstance(outer, optax.GradientTransformation):
+        raise TypeError(f"outer must be an optax rule such as optax.adam(1e-1), got {outer!r}.")
+    scales = transforms.broadcast(transform, lam)
+    transforms.check_domain(scales, lam)
+    validation.losses(problem, w, lam)
+
+    rule = StaticFunction(outer)
+    if state is None:
+        state = _first_state(problem, solver, engine, rule, scales, w, lam, key)
+    begin = int(state.step)
+    bar = Progress(progress, num_steps)
+    pieces: list[History] = []
+    done, stopped = 0, "num_steps"
+    try:
+        while done < num_steps:
+            length = min(chunk, num_steps - done)
+            state, buffer, taken = _chunk(
+                problem, solver, engine, rule, scales, state, key, jnp.int32(length), chunk
+            )
+            taken = int(taken)
+            pieces.append(jax.tree.map(lambda leaf, n=taken: np.asarray(leaf)[:n], buffer))
+            done += taken
+            bar.update(done, float(pieces[-1].outer_value[-1]), float(pieces[-1].grad_norm[-1]))
+            if int(state.worst) > Status.MAX_STEPS:
+                stopped = "status"
+            elif callback is not None and callback(state, pieces[-1]):
+                stopped = "callback"
+            elif float(pieces[-1].grad_norm[-1]) <= outer_tol:
+                stopped = "outer_tol"
+            elif patience is not None and begin + done - 1 - int(state.best.step) >= patience:
+                stopped = "patience"
+            else:
+                continue
+            break
+    except KeyboardInterrupt:
+        stopped = "interrupted"
+
+    history = join(pieces, _empty_record(problem, solver, engine, state, key))
+    worst = int(state.worst)
+    if worst <= Status.MAX_STEPS and len(history.status):
+        worst = int(history.status[-1])
+    result = Result(
+        lam=state.lam,
+        w=state.w,
+        history=history,
+        status=Status(worst),
+        state=state,
+        best=state.best,
+        stopped=stopped,
+    )
+    if throw and worst != Status.OK:
+        raise BilevelError(worst, f"run: outer step {begin + done - 1}", result)
+    return result
+
+
+def _count(name: str, value: Any, low: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+        raise TypeError(f"{name} must be an integer, got {value!r}.")
+    if value < low:
+        raise ValueError(f"{name} must be at least {low}, got {value}.")
+    return int(value)
+
+
+@eqx.filter_jit
+def _first_state(problem, solver, engine, rule, scales, w, lam, key) -> RunState:
+    u = transforms.inverse(scales, lam)
+    infinity = jnp.full((), jnp.inf, tree.accumulation_dtype(w))
+    return RunState(
+        step=jnp.int32(0),
+        lam=lam,
+        w=w,
+        engine=init_engine(problem, solver, engine, w, lam, key),
+        outer=optax_init(rule, u),
+        best=Best(lam, w, infinity, jnp.int32(-1)),
+        worst=jnp.int32(Status.OK),
+    )
+
+
+def _empty_record(problem, solver, engine, state, key) -> History:
+    h, _ = eqx.filter_eval_shape(
+        engine_step, problem, solver, engine, state.w, state.lam, state.engine, key, state.step
+    )
+    return eqx.filter_eval_shape(record, h)
+
+
+@eqx.filter_jit
+def _chunk(
+    problem, solver, engine, rule, scales, state: RunState, key: Array, length: Array, size: int
+) -> tuple[RunState, History, Array]:
+    """`length <= size` outer steps (fewer where one fails), their history, and how many were taken."""
+
+    def engine_at(state: RunState):
+        step_key = jax.random.fold_in(key, state.step)
+        return engine_step(
+            problem, solver, engine, state.w, state.lam, state.engine, step_key, state.step
+        )
+
+    def is_open(carry) -> Array:
+        state, *_, taken = carry
+        return (taken < length) & (state.worst <= Status.MAX_STEPS)
+
+    def body(carry):
+        state, _, _, buffer, taken = carry
+        h, engine_state = engine_at(state)
+        buffer = jax.tree.map(lambda rows, row: rows.at[taken].set(row), buffer, record(h))
+        good = h.info.status <= Status.MAX_STEPS
+        lam, outer_state = _outer_step(problem, rule, scales, state, h.grad)
+        value = h.info.outer_value.astype(state.best.outer_value.dtype)
+        better = good & (value < state.best.outer_value)
+        best = tree.where(better, Best(state.lam, h.w, value, state.step), state.best)
+        worst = jnp.where(good, state.worst, h.info.status)
+        moved = RunState(
+            state.step + 1, lam, h.w, engine_state, outer_state, best, worst
+        )
+        # A hypergradient that cannot be trusted moves nothing.
+        stayed = state._replace(step=state.step + 1, worst=worst)
+        return _select(good, moved, stayed), state.lam, h, buffer, taken + 1
+
+    h_shape, _ = eqx.filter_eval_shape(engine_at, state)
+    empty = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), h_shape)
+    buffer = jax.tree.map(lambda leaf: jnp.zeros((size,), leaf.dtype), record(empty))
+    state, lam, h, buffer, taken = jax.lax.while_loop(
+        is_open, body, (state, state.lam, empty, buffer, jnp.int32(0))
+    )
+    if can_estimate(problem, solver, engine):
+        last = state.step - 1
+        at_solver, at_engine = at_step((solver, engine), last)
+        step_key = jax.random.fold_in(key, last)
+        h = with_estimate(problem, at_solver, at_engine, lam, h, step_key)
+        index = taken - 1
+        buffer = buffer._replace(
+            error_estimate=buffer.error_estimate.at[index].set(h.info.error_estimate),
+            curvature=buffer.curvature.at[index].set(h.info.curvature),
+            status=buffer.status.at[index].set(h.info.status),
+        )
+        worst = jnp.where(h.info.status > Status.MAX_STEPS, h.info.status, jnp.int32(0))
+        state = state._replace(worst=jnp.maximum(state.worst, worst))
+    return state, buffer, taken
+
+
+def _outer_step(problem, rule, scales, state: RunState, grad: Tree) -> tuple[Tree, Any]:
+    """One step of the outer rule on the unconstrained scale, then the projection on the natural one."""
+    u = transforms.inverse(scales, state.lam)
+    _, pull_back = jax.vjp(lambda u: transforms.forward(scales, u), u)
+    u, outer_state = optax_update(rule, pull_back(grad)[0], state.outer, u)
+    lam = transforms.forward(scales, u)
+    projection = getattr(problem, "outer_projection", None)
+    return (lam if projection is None else projection(lam)), outer_state
+
+
+def _select(condition: Array, x: Any, y: Any) -> Any:
+    """`where` for trees that may hold random keys."""
+    return jax.tree.map(lambda a, b: jax.lax.select(condition, a, b), x, y)

@@ -1,0 +1,132 @@
+"""What people write: an inner loss, an outer loss, and their data."""
+
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from bilevel.sampling import minibatch, num_rows
+from solvers.types import Objective, Sampler, Tree, constant_sampler
+
+Loss = Callable[[Tree, Tree, Any], Array]
+
+
+class Problem(eqx.Module):
+    """`min over lam of outer(w*(lam), lam)`, with `w*(lam) = argmin over w of inner(w, lam)`.
+
+    Args:
+      inner, outer: losses `(w, lam, batch) -> scalar`. Pass the same function object each time: a
+        fresh lambda compiles anew.
+      inner_data, outer_data: pytrees of arrays, given to the losses as `batch`; None gives None. They
+        are arguments of the compiled program, never constants in it.
+      batch_size: rows per batch, or a pair (inner, outer); None uses all rows. A loss that needs to
+        know which rows it sees (one weight per example) takes `jnp.arange(n)` as part of its data.
+      inner_init: `(lam, batch) -> w`, where every inner solve starts, so that the outer variable can be
+        an initialisation.
+      inner_hvp: `(w, lam, batch, v) -> H v`, the Hessian-vector product of `inner` in w, where it is
+        known in closed form; used instead of automatic differentiation.
+      outer_projection: `lam -> lam`, applied after each outer step, on the natural scale.
+
+    Raises TypeError or ValueError for losses that are not callable, data that are not numeric or empty,
+    and batch sizes that do not fit.
+    """
+
+    inner: Loss = eqx.field(static=True)
+    outer: Loss = eqx.field(static=True)
+    inner_data: Any = None
+    outer_data: Any = None
+    batch_size: tuple[int | None, int | None] = eqx.field(
+        static=True, default=(None, None), kw_only=True, converter=lambda b: _pair(b)
+    )
+    inner_init: Callable[[Tree, Any], Tree] | None = eqx.field(
+        static=True, default=None, kw_only=True
+    )
+    inner_hvp: Callable[[Tree, Tree, Any, Tree], Tree] | None = eqx.field(
+        static=True, default=None, kw_only=True
+    )
+    outer_projection: Callable[[Tree], Tree] | None = eqx.field(
+        static=True, default=None, kw_only=True
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("inner", "outer"):
+            if not callable(getattr(self, name)):
+                raise TypeError(
+                    f"Problem({name}=...) must be a function (w, lam, batch) -> scalar, "
+                    f"got {getattr(self, name)!r}."
+                )
+        for name in ("inner_init", "inner_hvp", "outer_projection"):
+            value = getattr(self, name)
+            if value is not None and not callable(value):
+                raise TypeError(f"Problem({name}=...) must be a function or None, got {value!r}.")
+        self.inner_data = _arrays("inner_data", self.inner_data)
+        self.outer_data = _arrays("outer_data", self.outer_data)
+        levels = zip(("inner_data", "outer_data"), self.batch_size, strict=True)
+        for name, size in levels:
+            if size is None:
+                continue
+            data = getattr(self, name)
+            if data is None:
+                raise ValueError(f"batch_size is set, but {name} is None: there are no rows.")
+            rows = num_rows(data)
+            if size > rows:
+                raise ValueError(f"batch_size {size} is larger than the {rows} rows of {name}.")
+
+    def inner_objective(self, lam: Tree) -> Objective:
+        return Objective(self.inner, lam, self.inner_hvp)
+
+    def inner_sampler(self, key: Array) -> Sampler:
+        size = self.batch_size[0]
+        if size is None:
+            return constant_sampler(self.inner_data)
+        level = jax.random.fold_in(key, 0)
+        draw = lambda step: minibatch(  # noqa: E731
+            self.inner_data, size, jax.random.fold_in(level, step)
+        )
+        return Sampler(draw, varies=True)
+
+    def outer_batch(self, key: Array) -> Any:
+        size = self.batch_size[1]
+        if size is None:
+            return self.outer_data
+        return minibatch(self.outer_data, size, jax.random.fold_in(key, 1))
+
+    def start(self, w: Tree, lam: Tree, batch: Any) -> Tree:
+        return w if self.inner_init is None else self.inner_init(lam, batch)
+
+
+def _pair(batch_size: Any) -> tuple[int | None, int | None]:
+    pair = tuple(batch_size) if isinstance(batch_size, tuple | list) else (batch_size, batch_size)
+    for size in pair:
+        if size is None:
+            continue
+        if isinstance(size, bool) or not isinstance(size, int | np.integer):
+            raise TypeError(f"batch_size must be an integer or a pair of them, got {batch_size!r}.")
+        if size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {size}.")
+    if len(pair) != 2:
+        raise ValueError(f"batch_size must be one integer or (inner, outer), got {batch_size!r}.")
+    return tuple(None if size is None else int(size) for size in pair)  # type: ignore[return-value]
+
+
+def _arrays(name: str, data: Any) -> Any:
+    """The data as JAX arrays, each with its own dtype."""
+
+    def convert(path: Any, leaf: Any) -> Any:
+        where = f"Problem({name}=...){jax.tree_util.keystr(path)}"
+        if isinstance(leaf, jax.Array):  # covers traced arrays and keys
+            array = leaf
+        else:
+            host = np.asarray(leaf)
+            if host.dtype.kind not in "biuf" and not jnp.issubdtype(host.dtype, jnp.floating):
+                raise TypeError(f"{where} must be a numeric array, got dtype {host.dtype}.")
+            array = jnp.asarray(host)
+        if array.size == 0:
+            raise ValueError(f"{where} is empty: shape {array.shape}.")
+        return array
+
+    return jax.tree_util.tree_map_with_path(convert, data)

@@ -1,0 +1,116 @@
+"""What a run returns, and the error it raises."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from hypergrad import HypergradInfo
+from hypergrad.base import Hypergradient
+from solvers import Status, tree
+from solvers.status import explain
+from solvers.types import Tree
+
+
+class BilevelError(RuntimeError):
+    """A computation ended in a status that is not OK. `outcome` holds what was computed."""
+
+    def __init__(self, status: int, where: str, outcome: Any = None):
+        super().__init__(f"{where} ended with status {explain(status)}")
+        self.status = Status(int(status))
+        self.outcome = outcome
+
+
+class History(NamedTuple):
+    """Arrays of shape (steps done,), one entry for each outer step."""
+
+    outer_value: Array
+    """The outer loss at the step's `lam` and inner solution."""
+    grad_norm: Array
+    """2-norm of the hypergradient, on the natural scale of `lam`."""
+    inner_residual: Array
+    inner_steps: Array
+    adjoint_steps: Array
+    adjoint_residual: Array
+    curvature: Array
+    error_estimate: Array
+    """Estimated relative error of the hypergradient; NaN where it was not asked for."""
+    status: Array
+
+
+class Best(NamedTuple):
+    """The step with the smallest outer value so far: the pair that attained it."""
+
+    lam: Tree
+    w: Tree
+    outer_value: Array
+    step: Array
+
+
+class RunState(NamedTuple):
+    """All that the next outer step needs; `run(..., state=result.state)` goes on from here."""
+
+    step: Array
+    lam: Tree
+    """The outer variable on the natural scale."""
+    w: Tree
+    engine: Any
+    outer: Any
+    """State of the outer rule."""
+    best: Best
+    worst: Array
+    """Worst status other than MAX_STEPS so far."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """Outcome of `run`.
+
+    `lam` is the outer variable after the last step and `w` the inner variable that the last step
+    solved for; `best` is the pair with the smallest outer value.
+    """
+
+    lam: Tree
+    w: Tree
+    history: History
+    status: Status
+    state: RunState
+    best: Best
+    stopped: str
+    """Why the run ended: "num_steps", "outer_tol", "patience", "status" or "interrupted"."""
+
+    def __repr__(self) -> str:
+        steps = len(self.history.outer_value)
+        if not steps:
+            return f"Result(status={self.status.name}, steps=0)"
+        return (
+            f"Result(status={self.status.name}, steps={steps}, stopped={self.stopped!r}, "
+            f"outer_value={float(self.history.outer_value[-1]):.6g}, "
+            f"best={float(self.best.outer_value):.6g} at step {int(self.best.step)})"
+        )
+
+
+def record(h: Hypergradient) -> History:
+    """One step's entries."""
+    info: HypergradInfo = h.info
+    return History(
+        outer_value=info.outer_value,
+        grad_norm=tree.norm(h.grad),
+        inner_residual=info.inner.residual,
+        inner_steps=info.inner.num_steps,
+        adjoint_steps=info.adjoint_steps,
+        adjoint_residual=info.adjoint_residual,
+        curvature=info.curvature,
+        error_estimate=info.error_estimate,
+        status=info.status,
+    )
+
+
+def join(pieces: list[History], empty: History) -> History:
+    """Chunks of history as one, in NumPy arrays."""
+    if not pieces:
+        return jax.tree.map(lambda leaf: np.zeros((0,), jnp.result_type(leaf)), empty)
+    return jax.tree.map(lambda *parts: np.concatenate(parts), *pieces)

@@ -1,0 +1,25 @@
+"""Minibatches drawn inside the program, from a key and a step number alone."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+
+def num_rows(data: Any) -> int:
+    """Length of the leading axis that all leaves share; ValueError where they do not."""
+    lengths = {leaf.shape[0] if leaf.ndim else None for leaf in jax.tree.leaves(data)}
+    if len(lengths) != 1 or None in lengths:
+        found = sorted(str(n) for n in lengths)
+        raise ValueError(
+            "batch_size needs data whose arrays share the length of their first axis, "
+            f"got lengths {', '.join(found)}."
+        )
+    return lengths.pop()
+
+
+def minibatch(data: Any, batch_size: int, key: Array) -> Any:
+    """`batch_size` rows drawn independently and uniformly: an unbiased estimate of any mean loss."""
+    rows = jax.random.randint(key, (batch_size,), 0, num_rows(data))
+    return jax.tree.map(lambda leaf: jnp.take(leaf, rows, axis=0), data)

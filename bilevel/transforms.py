@@ -1,0 +1,108 @@
+"""Scales on which the outer rule moves. Losses and results always see the natural scale."""
+
+import abc
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+
+class AbstractTransform(eqx.Module):
+    """A smooth bijection from the real line, where the outer rule works, to the natural scale."""
+
+    @abc.abstractmethod
+    def forward(self, u: Array) -> Array:
+        """Natural value of an unconstrained one, elementwise."""
+
+    @abc.abstractmethod
+    def inverse(self, x: Array) -> Array:
+        """Unconstrained value of a natural one, elementwise; not finite outside the domain."""
+
+
+class Identity(AbstractTransform):
+    """`x = u`."""
+
+    def forward(self, u: Array) -> Array:
+        return u
+
+    def inverse(self, x: Array) -> Array:
+        return x
+
+
+class Exp(AbstractTransform):
+    """`x = exp(u)`: positive values, moved on a log scale."""
+
+    def forward(self, u: Array) -> Array:
+        return jnp.exp(u)
+
+    def inverse(self, x: Array) -> Array:
+        return jnp.log(x)
+
+
+class Softplus(AbstractTransform):
+    """`x = log(1 + exp(u))`: positive values, on a linear scale where they are large."""
+
+    def forward(self, u: Array) -> Array:
+        return jax.nn.softplus(u)
+
+    def inverse(self, x: Array) -> Array:
+        return x + jnp.log(-jnp.expm1(-x))
+
+
+class Sigmoid(AbstractTransform):
+    """`x = 1 / (1 + exp(-u))`: values in (0, 1)."""
+
+    def forward(self, u: Array) -> Array:
+        return jax.nn.sigmoid(u)
+
+    def inverse(self, x: Array) -> Array:
+        return jnp.log(x) - jnp.log1p(-x)
+
+
+def broadcast(transform: Any, lam: Any) -> Any:
+    """One transform for each leaf of `lam`, from a prefix tree of transforms (None is identity)."""
+    is_leaf = lambda t: t is None or isinstance(t, AbstractTransform)  # noqa: E731
+
+    def fill(t: Any, subtree: Any) -> Any:
+        if t is not None and not isinstance(t, AbstractTransform):
+            raise TypeError(
+                "transform must be a tree of bilevel.transforms (such as Exp()) or None, "
+                f"got {t!r}."
+            )
+        return jax.tree.map(lambda _: Identity() if t is None else t, subtree)
+
+    try:
+        return jax.tree.map(fill, transform, lam, is_leaf=is_leaf)
+    except ValueError as error:
+        raise ValueError(
+            f"transform must be a prefix of the tree of lam: {jax.tree.structure(lam)}."
+        ) from error
+
+
+def _apply(method: str, transform: Any, tree: Any) -> Any:
+    is_leaf = lambda t: isinstance(t, AbstractTransform)  # noqa: E731
+    return jax.tree.map(lambda t, x: getattr(t, method)(x), transform, tree, is_leaf=is_leaf)
+
+
+def forward(transform: Any, u: Any) -> Any:
+    """Natural `lam` of an unconstrained tree; `transform` as made by `broadcast`."""
+    return _apply("forward", transform, u)
+
+
+def inverse(transform: Any, lam: Any) -> Any:
+    """Unconstrained tree of a natural `lam`."""
+    return _apply("inverse", transform, lam)
+
+
+def check_domain(transform: Any, lam: Any) -> None:
+    """Raise ValueError where a start lies outside its transform's domain."""
+    unconstrained = jax.tree.leaves(inverse(transform, lam))
+    for value, u in zip(jax.tree.leaves(lam), unconstrained, strict=True):
+        if np.isfinite(np.asarray(value)).all() and not np.isfinite(np.asarray(u)).all():
+            raise ValueError(
+                "lam lies outside the domain of its transform (Exp and Softplus take positive "
+                f"values, Sigmoid values in (0, 1)); got values from {value.min()} to {value.max()}."
+            )

@@ -1,0 +1,1 @@
+"""The commands: tuning the penalty of a linear model, cleaning labels with a few trusted ones."""

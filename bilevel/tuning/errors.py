@@ -1,0 +1,23 @@
+"""What the commands raise for input they cannot work with."""
+
+
+class InputError(ValueError):
+    """Bad input to a command: the message says in one line what was found and what was expected."""
+
+    def __init__(self, message: str) -> None:
+        # File contents and parser messages may hold line breaks and control characters.
+        text = "".join(c if c.isprintable() else " " for c in message)
+        text = " ".join(text.split())
+        super().__init__(text if len(text) <= 400 else text[:397] + "...")
+
+
+def require_tune_extra() -> None:
+    """scikit-learn and pandas are optional: say which extra brings them."""
+    for module in ("sklearn", "pandas"):
+        try:
+            __import__(module)
+        except ImportError as error:
+            raise InputError(
+                f"cannot import {module}; expected the optional dependencies of the commands: "
+                "pip install 'bilevel[tune]'"
+            ) from error

@@ -1,0 +1,139 @@
+"""Checks of what people pass, before any compute: shapes, types, names. Values are not looked at."""
+
+import functools
+import inspect
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hypergrad import ENGINES, AbstractEngine, BilevelProblem
+from hypergrad.base import Solver
+from solvers import SOLVERS, AbstractInnerSolver
+
+
+def variables(name: str, tree: Any) -> Any:
+    """A variable as strongly typed floating-point arrays, each leaf with its own dtype.
+
+    Raises TypeError for leaves that are not floating point, ValueError for a tree without leaves.
+    """
+
+    def convert(path: Any, leaf: Any) -> jax.Array:
+        where = f"{name}{jax.tree_util.keystr(path)}"
+        if isinstance(leaf, float):
+            return jnp.asarray(leaf, jnp.result_type(float))
+        if not isinstance(leaf, jax.Array | np.ndarray | np.generic):
+            raise TypeError(f"{where} must be a floating-point array, got {leaf!r}.")
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            raise TypeError(f"{where} must be floating point, got dtype {leaf.dtype}.")
+        if leaf.size == 0:
+            raise ValueError(f"{where} is empty: shape {leaf.shape}.")
+        array = jnp.asarray(leaf)
+        return jax.lax.convert_element_type(array, array.dtype)  # drops a weak type
+
+    if not jax.tree.leaves(tree):
+        raise ValueError(f"{name} holds no arrays; expected a pytree of floating-point arrays.")
+    return jax.tree_util.tree_map_with_path(convert, tree)
+
+
+def engine(value: Any) -> AbstractEngine:
+    """An engine from its instance or registry name."""
+    if isinstance(value, str):
+        if value.lower() not in ENGINES:
+            raise ValueError(f"engine must be one of {', '.join(ENGINES)}, got {value!r}.")
+        return ENGINES[value.lower()]()
+    if isinstance(value, type) and issubclass(value, AbstractEngine):
+        return value()
+    if not isinstance(value, AbstractEngine):
+        raise TypeError(f"engine must be an engine such as bilevel.Implicit(), got {value!r}.")
+    return value
+
+
+def solver(value: Any, engine: AbstractEngine, problem: BilevelProblem) -> Solver:
+    """An inner solver from its instance, registry name, a function of lam, or the engine's default."""
+    if value is None:
+        value = engine.default_solver()
+    if isinstance(value, str):
+        if value.lower() not in SOLVERS:
+            raise ValueError(f"solver must be one of {', '.join(SOLVERS)}, got {value!r}.")
+        value = SOLVERS[value.lower()]()
+    name = type(engine).__name__
+    if isinstance(value, AbstractInnerSolver):
+        unrolls = name == "Unrolled"
+        if unrolls and not value.unrollable:
+            raise ValueError(
+                f"{name} differentiates through the inner solver's steps, and "
+                f"{type(value).__name__} has a line search that reverse mode cannot pass. Use "
+                "GradientDescent or OptaxSolver, or the engine Implicit."
+            )
+    elif not callable(value) or isinstance(value, type):
+        raise TypeError(
+            "solver must be an inner solver such as bilevel.LBFGS(), or a function lam -> solver, "
+            f"got {value!r}."
+        )
+    elif engine.needs_implicit:
+        raise ValueError(
+            f"solver is a function of lam, but {name} has no derivative with respect to the inner "
+            "solver's settings (it would be silently zero). Use the engine Unrolled."
+        )
+    if engine.needs_implicit and getattr(problem, "inner_init", None) is not None:
+        raise ValueError(
+            f"the problem has an inner_init, but {name} has no derivative with respect to where the "
+            "inner solve starts (it would be silently zero). Use the engine Unrolled."
+        )
+    return value
+
+
+def problem(value: Any) -> BilevelProblem:
+    if not isinstance(value, BilevelProblem):
+        raise TypeError(f"problem must be a bilevel.Problem, got {type(value).__name__}.")
+    return value
+
+
+def losses(problem: BilevelProblem, w: Any, lam: Any) -> None:
+    """Both losses must take these shapes and give a floating-point scalar. Cached by loss and shapes."""
+    key = jax.random.key(0)
+    inner_batch = eqx.filter_eval_shape(lambda p, k: p.inner_sampler(k)(0), problem, key)
+    outer_batch = eqx.filter_eval_shape(lambda p, k: p.outer_batch(k), problem, key)
+    for name, batch in (("inner", inner_batch), ("outer", outer_batch)):
+        leaves, treedef = jax.tree.flatten((w, lam, batch))
+        shapes = tuple((leaf.shape, str(leaf.dtype)) for leaf in leaves)
+        _check_loss(getattr(problem, name), name, treedef, shapes)
+
+
+@functools.lru_cache(maxsize=256)
+def _check_loss(loss: Any, name: str, treedef: Any, shapes: tuple[Any, ...]) -> None:
+    structs = [jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)) for shape, dtype in shapes]
+    w, lam, batch = jax.tree.unflatten(treedef, structs)
+    try:
+        inspect.signature(loss).bind(w, lam, batch)
+    except TypeError as error:
+        raise TypeError(f"the {name} loss must take (w, lam, batch): {error}.") from error
+    except ValueError:  # no signature to look at
+        pass
+    try:
+        result = jax.eval_shape(loss, w, lam, batch)
+    except Exception as error:
+        raise ValueError(
+            f"the {name} loss failed on w {_describe(w)}, lam {_describe(lam)}, batch "
+            f"{_describe(batch)}: {type(error).__name__}: {error}"
+        ) from error
+    scalar = getattr(result, "shape", None) == ()
+    if not scalar or not jnp.issubdtype(result.dtype, jnp.floating):
+        raise ValueError(
+            f"the {name} loss must return a floating-point scalar, got {_describe(result)}."
+        )
+
+
+def _describe(tree: Any) -> str:
+    shown = jax.tree.map(
+        lambda s: f"{s.dtype}[{','.join(map(str, s.shape))}]", tree
+    )
+    return str(shown).replace("'", "")
+
+
+def is_traced(*trees: Any) -> bool:
+    """Whether any leaf is a tracer: the call is inside `jit`, `vmap` or `grad`."""
+    return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(trees))

@@ -1,0 +1,24 @@
+"""The middle floor: two levels. (problem, inner solver) -> hypergradient with a trust report."""
+
+from hypergrad.base import AbstractEngine, BilevelProblem, Hypergradient, HypergradInfo
+from hypergrad.exact import Exact
+from hypergrad.f2sa import F2SA
+from hypergrad.implicit import Implicit
+from hypergrad.moreau import Moreau
+from hypergrad.one_step import OneStep
+from hypergrad.registry import ENGINES
+from hypergrad.unrolled import Unrolled
+
+__all__ = [
+    "ENGINES",
+    "F2SA",
+    "AbstractEngine",
+    "BilevelProblem",
+    "Exact",
+    "HypergradInfo",
+    "Hypergradient",
+    "Implicit",
+    "Moreau",
+    "OneStep",
+    "Unrolled",
+]

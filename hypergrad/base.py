@@ -1,0 +1,135 @@
+"""What an engine is: (problem, inner solver) -> hypergradient with a trust report."""
+
+import abc
+from collections.abc import Callable
+from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
+
+import jax.numpy as jnp
+from jax import Array
+
+from solvers import LBFGS, AbstractInnerSolver, Objective, Sampler, SolveInfo, Status, tree
+from solvers.fields import Settings
+from solvers.status import combine, where
+from solvers.types import Tree
+
+
+@runtime_checkable
+class BilevelProblem(Protocol):
+    """`min over lam of outer(w*(lam), lam)`, `w*(lam) = argmin over w of inner(w, lam)`.
+
+    Losses are `loss(w, lam, batch) -> scalar`.
+    """
+
+    inner: Callable[[Tree, Tree, Any], Array]
+    outer: Callable[[Tree, Tree, Any], Array]
+
+    def inner_objective(self, lam: Tree) -> Objective:
+        """The inner loss at a fixed outer variable."""
+        ...
+
+    def inner_sampler(self, key: Array) -> Sampler:
+        """Batches of the inner data, by inner step."""
+        ...
+
+    def outer_batch(self, key: Array) -> Any:
+        """A batch of the outer data (all of it where no batch size is set)."""
+        ...
+
+    def start(self, w: Tree, lam: Tree, batch: Any) -> Tree:
+        """Where an inner solve starts: `w`, or the problem's own initialisation from `lam`."""
+        ...
+
+
+Solver = AbstractInnerSolver | Callable[[Tree], AbstractInnerSolver]
+"""An inner solver, or a function of the outer variable that makes one."""
+
+
+class HypergradInfo(NamedTuple):
+    """The trust report; every array has shape ()."""
+
+    outer_value: Array
+    """The outer loss at the returned `w`."""
+    inner: SolveInfo
+    """The inner solve."""
+    adjoint_residual: Array
+    """Residual of the adjoint system relative to its right-hand side; NaN where there is none."""
+    adjoint_steps: Array
+    """Products with the Hessian, or reverse steps, int32."""
+    curvature: Array
+    """The smallest Rayleigh or Ritz value of the inner Hessian seen; NaN = unknown."""
+    error_estimate: Array
+    """Estimated error of `grad` relative to its norm; NaN = unknown."""
+    status: Array
+    """A `Status`, int32: the worst of the solves behind this hypergradient."""
+
+
+class Hypergradient(NamedTuple):
+    """The gradient of the outer loss through the inner solution."""
+
+    grad: Tree
+    """Like the outer variable."""
+    w: Tree
+    """The inner solution; the start of the next inner solve."""
+    info: HypergradInfo
+
+
+class AbstractEngine(Settings):
+    """Computes hypergradients. `state` is a pytree of fixed structure: what the next step needs.
+
+    An engine works under `jit` and `vmap`. Within a step it moves `w` and its own sequences, never
+    `lam`.
+    """
+
+    estimates: ClassVar[bool] = True
+    """Whether the driver asks for the error estimate by default (it costs Hessian-vector products)."""
+    needs_implicit: ClassVar[bool] = False
+    """Whether the derivative ignores how the inner solver got there (its start and its settings)."""
+
+    @abc.abstractmethod
+    def init(
+        self, problem: BilevelProblem, solver: Solver, w: Tree, lam: Tree, key: Array
+    ) -> Any:
+        """The state before the first step."""
+
+    @abc.abstractmethod
+    def step(
+        self, problem: BilevelProblem, solver: Solver, w: Tree, lam: Tree, state: Any, key: Array
+    ) -> tuple[Hypergradient, Any]:
+        """Inner solve from `w` and hypergradient at `lam`."""
+
+    @classmethod
+    def default_solver(cls) -> AbstractInnerSolver:
+        """The inner solver where the user names none."""
+        return LBFGS(max_steps=100)
+
+
+def make_solver(solver: Solver, lam: Tree) -> AbstractInnerSolver:
+    """The inner solver at this outer variable."""
+    return solver if isinstance(solver, AbstractInnerSolver) else solver(lam)
+
+
+def is_finite(outer_value: Array, grad: Tree) -> Array:
+    return jnp.isfinite(outer_value) & tree.all_finite(grad)
+
+
+def make_info(
+    outer_value: Array,
+    inner: SolveInfo,
+    grad: Tree,
+    *statuses: Array,
+    adjoint_residual: Array | None = None,
+    adjoint_steps: Array | int = 0,
+    curvature: Array | None = None,
+) -> HypergradInfo:
+    """The report, with the worst status of all parts and of what is not finite."""
+    nan = jnp.full((), jnp.nan, inner.residual.dtype)
+    broken = where(~is_finite(outer_value, grad), Status.NONFINITE)
+    return HypergradInfo(
+        outer_value=outer_value,
+        inner=inner,
+        adjoint_residual=nan if adjoint_residual is None else adjoint_residual,
+        adjoint_steps=jnp.asarray(adjoint_steps, jnp.int32),
+        curvature=nan if curvature is None else curvature,
+        error_estimate=nan,
+        status=combine(inner.status, broken, *statuses),
+    )

@@ -1,0 +1,47 @@
+"""What an inner solver is: an initial state and one step."""
+
+import abc
+from typing import Any, ClassVar
+
+import equinox as eqx
+import jax
+from jax import Array
+
+from solvers.fields import Settings
+from solvers.types import Objective, Tree
+
+
+class AbstractInnerSolver(Settings):
+    """Minimises an objective one step at a time; `solvers.loops` runs the steps.
+
+    The state is a NamedTuple with at least `residual`, the 2-norm of `optimality`: at the point `step`
+    returned, or, where `lagged` is true, at the point `step` was given (methods that compute one gradient
+    per step know no more). A state may hold `stalled`: no further progress is possible in this precision.
+    """
+
+    max_steps: eqx.AbstractVar[int]
+    """Static: the length of a fixed budget."""
+    tol: eqx.AbstractVar[Array | None]
+    """Absolute 2-norm of `optimality`; None is 1e-8 (float64) or 1e-4; 0 is a fixed budget."""
+
+    lagged: ClassVar[bool] = False
+    unrollable: ClassVar[bool] = True
+    """Whether reverse mode can go through `step`."""
+    minibatches: ClassVar[bool] = True
+    """Whether each step may see another batch; else one batch serves the whole solve."""
+
+    @abc.abstractmethod
+    def init(self, objective: Objective, w: Tree, batch: Any) -> Any:
+        """The state before the first step from `w`."""
+
+    @abc.abstractmethod
+    def step(self, objective: Objective, w: Tree, state: Any, batch: Any) -> tuple[Tree, Any]:
+        """One iteration."""
+
+    def restart(self, objective: Objective, w: Tree, state: Any, batch: Any) -> Any:
+        """The state for a new objective close to the last one; by default nothing is carried over."""
+        return self.init(objective, w, batch)
+
+    def optimality(self, objective: Objective, w: Tree, batch: Any) -> Tree:
+        """A map whose root is the answer; here the gradient, whose Jacobian is symmetric."""
+        return jax.grad(objective)(w, batch)

@@ -1,0 +1,97 @@
+"""Fields of solvers and engines: numbers are array leaves, options are static.
+
+A number that is an array leaf can be swept with `vmap`, scheduled over outer steps and changed
+without recompiling. A number may also be given as a function of the outer step (any optax schedule).
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from solvers.static_function import StaticFunction
+
+
+class Schedule(eqx.Module):
+    """A number that depends on the outer step: `schedule(step) -> value`."""
+
+    fn: StaticFunction = eqx.field(static=True, converter=StaticFunction)
+
+    def __call__(self, step: Array) -> Array:
+        return jnp.asarray(self.fn(step))
+
+
+def number(default: Any, *, low: float | None = None, strict: bool = False) -> Any:
+    """A numeric setting, stored as an array leaf.
+
+    Python numbers become strongly typed floats; `None` and strings such as "auto" are kept; a
+    callable becomes a `Schedule`. Values below `low` (or equal to it, if `strict`) are refused.
+    """
+    return eqx.field(
+        default=default, converter=_to_number, metadata={"low": low, "strict": strict}
+    )
+
+
+def static(default: Any, *, low: int | None = None, **kwargs: Any) -> Any:
+    """An option that shapes the program: changing it compiles anew. `low` bounds an integer."""
+    return eqx.field(default=default, static=True, metadata={"int_low": low}, **kwargs)
+
+
+def _to_number(value: Any) -> Any:
+    if value is None or isinstance(value, str | Schedule):
+        return value
+    if callable(value):
+        return Schedule(value)
+    dtype = jnp.result_type(value) if isinstance(value, jax.Array | np.ndarray) else None
+    if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+        dtype = jnp.result_type(float)
+    return jnp.asarray(value, dtype)
+
+
+class Settings(eqx.Module):
+    """Base of everything configured by `number` and `static` fields; checks them once, when built."""
+
+    def __check_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            where = f"{type(self).__name__}({field.name}=...)"
+            low = field.metadata.get("low")
+            if isinstance(value, jax.Array) and not isinstance(value, jax.core.Tracer):
+                _check_number(where, value, low, field.metadata.get("strict", False))
+            int_low = field.metadata.get("int_low")
+            if int_low is not None and value is not None:
+                if isinstance(value, bool) or not isinstance(value, int | np.integer):
+                    raise TypeError(f"{where} must be an integer, got {value!r}.")
+                if value < int_low:
+                    raise ValueError(f"{where} must be at least {int_low}, got {value}.")
+
+
+def _check_number(where: str, value: Array, low: float | None, strict: bool) -> None:
+    numbers = np.asarray(value)
+    if np.isnan(numbers).any():
+        raise ValueError(f"{where} is NaN; expected a number.")
+    if low is not None and ((numbers <= low) if strict else (numbers < low)).any():
+        relation = "greater than" if strict else "at least"
+        raise ValueError(f"{where} must be {relation} {low}, got {value}.")
+
+
+def at_step(tree: Any, step: Array | int) -> Any:
+    """The tree with every `Schedule` in it replaced by its value at the outer step."""
+
+    def resolve(leaf: Any) -> Any:
+        return leaf(jnp.asarray(step)) if isinstance(leaf, Schedule) else leaf
+
+    return jax.tree.map(resolve, tree, is_leaf=lambda leaf: isinstance(leaf, Schedule))
+
+
+def cast(value: Array, like: Array) -> Array:
+    """A setting in the dtype of the quantity it is compared or multiplied with."""
+    return jnp.asarray(value).astype(jnp.result_type(like))
+
+
+StepFunction = Callable[[Array], Array]

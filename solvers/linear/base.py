@@ -1,0 +1,89 @@
+"""What a linear solver is: prepare once, solve many right-hand sides."""
+
+import abc
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from solvers import status, tree
+from solvers.fields import Settings
+from solvers.status import Status
+from solvers.types import MatVec, Scalar, Tree
+
+
+class LinearInfo(NamedTuple):
+    """What people read about one linear solve `A x = b`; every field has shape ()."""
+
+    residual: Array
+    """`||b - A x|| / ||b||`, recomputed from the returned `x` (0 for `b = 0`)."""
+    num_steps: Array
+    """Products with `A` that built the solution, int32."""
+    status: Array
+    """A `Status`, int32."""
+    curvature: Array
+    """The smallest Rayleigh or Ritz value `v'Av / v'v` seen; NaN where none was."""
+
+
+class AbstractLinearSolver(Settings):
+    """Solves `A x = b` for a symmetric `A` given by its products.
+
+    `init` factors, sketches or measures the spectrum; `solve` uses it for any number of `b`.
+    Both work under `jit` and `vmap`.
+    """
+
+    @abc.abstractmethod
+    def init(self, matvec: MatVec, like: Tree, key: Array) -> Any:
+        """Prepare for the operator. `like` is a tree of the shape of `x` and `b`."""
+
+    @abc.abstractmethod
+    def solve(
+        self, matvec: MatVec, b: Tree, x0: Tree, state: Any, key: Array
+    ) -> tuple[Tree, LinearInfo]:
+        """Solve from the start `x0`. The state is what `init` returned for this operator."""
+
+
+def finish(
+    matvec: MatVec,
+    b: Tree,
+    x: Tree,
+    residual: Scalar,
+    *,
+    num_steps: Array,
+    code: Array,
+    curvature: Array,
+    target: Scalar,
+    largest: Scalar,
+) -> LinearInfo:
+    """Judge a finished solve by its true residual `||b - A x||` and fill in the report.
+
+    The target is floored by what rounding allows, `10 eps (L ||x|| + ||b||)`. A solve that missed
+    the target although nothing else was wrong is MAX_STEPS, or BREAKDOWN where what is left of the
+    right-hand side lies in the null space of `A`, so that no number of steps would remove it.
+    """
+    b_norm = tree.norm(b)
+    eps = tree.epsilon(b)
+    floor = 10 * eps * (largest * tree.norm(x) + b_norm)
+    missed = ~(residual <= jnp.maximum(target, floor))
+
+    def name_the_miss(_: None) -> Array:
+        remainder = tree.axpy(-1.0, matvec(x), b)
+        in_null_space = tree.norm(matvec(remainder)) <= eps**0.5 * largest * tree.norm(remainder)
+        return jnp.where(in_null_space, jnp.int32(Status.BREAKDOWN), jnp.int32(Status.MAX_STEPS))
+
+    code = jax.lax.cond(
+        missed & (code == Status.OK), name_the_miss, lambda _: jnp.asarray(code, jnp.int32), None
+    )
+    finite = jnp.isfinite(residual) & tree.all_finite(x)
+    code = status.combine(code, status.where(~finite, Status.NONFINITE))
+    relative = jnp.where(b_norm > 0, residual / jnp.where(b_norm > 0, b_norm, 1.0), residual)
+    return LinearInfo(relative, jnp.asarray(num_steps, jnp.int32), code, curvature)
+
+
+def accept_fixed_budget(info: LinearInfo, rtol: Array | None, atol: Array | None) -> LinearInfo:
+    """With both tolerances zero the step budget is what was asked for: MAX_STEPS becomes OK."""
+    if rtol is None or atol is None:
+        return info
+    accepted = (rtol == 0) & (atol == 0) & (info.status == Status.MAX_STEPS)
+    return info._replace(status=jnp.where(accepted, jnp.int32(Status.OK), info.status))

@@ -1,0 +1,65 @@
+"""Status codes of a computation, and what to do about each."""
+
+import enum
+
+import jax.numpy as jnp
+from jax import Array
+
+
+class Status(enum.IntEnum):
+    """How a computation ended. Larger is worse, so statuses combine by `max`."""
+
+    OK = 0
+    MAX_STEPS = 1
+    DIVERGED = 2
+    BREAKDOWN = 3
+    INDEFINITE = 4
+    NONFINITE = 5
+
+
+_ADVICE = {
+    Status.OK: "converged.",
+    Status.MAX_STEPS: (
+        "the step budget ran out before the tolerance was met, so the hypergradient belongs to an "
+        "unconverged solve. Try a larger `max_steps` (inner or linear solver), a looser `tol`/`rtol`, "
+        "or `tol=0` if a fixed budget is what you want; `info.error_estimate` says how wrong it may be."
+    ),
+    Status.DIVERGED: (
+        "the iteration moved away from the solution: its step is too long for the largest curvature. "
+        "Try a smaller step or learning rate, or 'auto'."
+    ),
+    Status.BREAKDOWN: (
+        "the linear system of the adjoint is singular and its right-hand side lies outside the range: "
+        "the inner solution does not depend smoothly on the outer variable. Add an l2 term to the inner "
+        "loss, or use `Implicit(damping=...)`, or an engine that needs no inverse (`Unrolled`)."
+    ),
+    Status.INDEFINITE: (
+        "the inner Hessian has negative curvature, so the inner point is not a minimiser. Solve the "
+        "inner problem further or from another start, regularise it, use `Implicit(damping=...)` with "
+        "a damping above the negative curvature, or use `Unrolled`."
+    ),
+    Status.NONFINITE: (
+        "a NaN or infinity appeared. Look for NaN in the data, a learning rate that is too large, a "
+        "logarithm or square root at zero, or, when unrolling Adam, set `eps_root` (its square root has "
+        "no derivative at zero)."
+    ),
+}
+
+
+def explain(status: int) -> str:
+    """The name of a status and what to try."""
+    status = Status(int(status))
+    return f"{status.name}: {_ADVICE[status]}"
+
+
+def combine(*statuses: Array | int) -> Array:
+    """The worst of several statuses, int32; works under `jit` and `vmap`."""
+    worst = jnp.asarray(Status.OK, jnp.int32)
+    for status in statuses:
+        worst = jnp.maximum(worst, jnp.asarray(status, jnp.int32))
+    return worst
+
+
+def where(condition: Array, status: Status) -> Array:
+    """`status` where the condition holds, OK elsewhere."""
+    return jnp.where(condition, jnp.int32(status), jnp.int32(Status.OK))

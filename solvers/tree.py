@@ -1,0 +1,107 @@
+"""Arithmetic on pytrees in which every leaf keeps its own dtype.
+
+Scalars (steps, tolerances, settings) are cast to the leaf they meet, so a float64 setting never
+promotes a float32 parameter. Inner products accumulate in at least float32.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from solvers.types import Scalar, Tree
+
+
+def accumulation_dtype(tree: Tree) -> jnp.dtype:
+    """The widest dtype among the leaves, at least float32."""
+    dtypes = [jnp.result_type(leaf) for leaf in jax.tree.leaves(tree)]
+    return max([*dtypes, jnp.dtype("float32")], key=lambda dtype: jnp.finfo(dtype).bits)
+
+
+def epsilon(tree: Tree) -> float:
+    """Machine epsilon of the least precise leaf."""
+    return max(float(jnp.finfo(jnp.result_type(leaf)).eps) for leaf in jax.tree.leaves(tree))
+
+
+def size(tree: Tree) -> int:
+    """Number of scalars in the tree."""
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+def vdot(x: Tree, y: Tree) -> Scalar:
+    """Inner product over all leaves."""
+    dtype = accumulation_dtype(x)
+    parts = jax.tree.map(lambda a, b: jnp.vdot(a.astype(dtype), b.astype(dtype)), x, y)
+    return jax.tree.reduce(jnp.add, parts, jnp.zeros((), dtype))
+
+
+def norm(x: Tree) -> Scalar:
+    """2-norm over all leaves."""
+    return jnp.sqrt(vdot(x, x))
+
+
+def add(x: Tree, y: Tree) -> Tree:
+    return jax.tree.map(jnp.add, x, y)
+
+
+def sub(x: Tree, y: Tree) -> Tree:
+    return jax.tree.map(jnp.subtract, x, y)
+
+
+def scale(a: Array | float, x: Tree) -> Tree:
+    """`a x`, with `a` cast to each leaf's dtype."""
+    return jax.tree.map(lambda leaf: jnp.asarray(a, leaf.dtype) * leaf, x)
+
+
+def axpy(a: Array | float, x: Tree, y: Tree) -> Tree:
+    """`a x + y`."""
+    return jax.tree.map(lambda u, v: jnp.asarray(a, u.dtype) * u + v, x, y)
+
+
+def where(condition: Array, x: Tree, y: Tree) -> Tree:
+    """`x` where the scalar condition holds, else `y`."""
+    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), x, y)
+
+
+def zeros_like(x: Tree) -> Tree:
+    return jax.tree.map(jnp.zeros_like, x)
+
+
+def all_finite(x: Tree) -> Array:
+    """Whether no leaf holds a NaN or infinity."""
+    checks = jax.tree.map(lambda leaf: jnp.all(jnp.isfinite(leaf)), x)
+    return jax.tree.reduce(jnp.logical_and, checks, jnp.asarray(True))
+
+
+def random_normal(key: Array, like: Tree) -> Tree:
+    """Independent standard normal entries, shaped like `like`."""
+    leaves, treedef = jax.tree.flatten(like)
+    keys = jax.random.split(key, len(leaves))
+    draws = [
+        jax.random.normal(k, leaf.shape, leaf.dtype)
+        for k, leaf in zip(keys, leaves, strict=True)
+    ]
+    return jax.tree.unflatten(treedef, draws)
+
+
+def flatten(x: Tree) -> tuple[Array, Callable[[Array], Tree]]:
+    """One vector of the accumulation dtype, and the way back (which restores each leaf's dtype)."""
+    leaves, treedef = jax.tree.flatten(x)
+    dtype = accumulation_dtype(x)
+    vector = jnp.concatenate([leaf.ravel().astype(dtype) for leaf in leaves])
+    ends = []
+    for leaf in leaves:
+        ends.append((ends[-1] if ends else 0) + leaf.size)
+
+    def unflatten(v: Array) -> Tree:
+        pieces = jnp.split(v, ends[:-1])
+        return jax.tree.unflatten(
+            treedef,
+            [
+                piece.reshape(leaf.shape).astype(leaf.dtype)
+                for piece, leaf in zip(pieces, leaves, strict=True)
+            ],
+        )
+
+    return vector, unflatten

@@ -1,0 +1,62 @@
+"""The types that all floors share."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import equinox as eqx
+from jax import Array
+
+Tree = Any
+"""A pytree of floating-point arrays; each leaf keeps its own dtype."""
+
+Scalar = Array
+"""An array of shape ()."""
+
+MatVec = Callable[[Tree], Tree]
+"""A linear map between trees of one structure."""
+
+
+class Objective(eqx.Module):
+    """A scalar function of `w` at fixed arguments: `objective(w, batch) = fn(w, args, batch)`.
+
+    `args` are array leaves, so one compiled solver serves all their values. `hvp(w, args, batch, v)`,
+    where given, is the Hessian-vector product in `w`; it replaces automatic differentiation.
+    """
+
+    fn: Callable[[Tree, Any, Any], Scalar] = eqx.field(static=True)
+    args: Any = None
+    hvp: Callable[[Tree, Any, Any, Tree], Tree] | None = eqx.field(static=True, default=None)
+
+    def __call__(self, w: Tree, batch: Any) -> Scalar:
+        return self.fn(w, self.args, batch)
+
+
+class Sampler(eqx.Module):
+    """Batches by step number: `sampler(step) -> batch`.
+
+    `varies` is static and says whether two steps can see different batches.
+    """
+
+    draw: Callable[[Array], Any]
+    varies: bool = eqx.field(static=True)
+
+    def __call__(self, step: Array | int) -> Any:
+        return self.draw(step)  # type: ignore[arg-type]
+
+
+class SolveInfo(NamedTuple):
+    """What people read about one inner solve; every field has shape ()."""
+
+    value: Array
+    """The objective at the returned point."""
+    residual: Array
+    """2-norm of the solver's optimality map at the returned point, recomputed there."""
+    num_steps: Array
+    """Steps taken, int32."""
+    status: Array
+    """A `Status`, int32."""
+
+
+def constant_sampler(batch: Any) -> Sampler:
+    """The same batch at every step."""
+    return Sampler(lambda step: batch, varies=False)

@@ -1,0 +1,61 @@
+"""Strict numerics, fixed seeds and a compilation cache for the whole suite."""
+
+import functools
+import os
+
+import jax
+import pytest
+
+jax.config.update("jax_enable_x64", True)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+SEED = int(os.environ.get("BILEVEL_TEST_SEED", "0"))
+
+
+def pytest_report_header() -> str:
+    return f"seed: {SEED} (another: BILEVEL_TEST_SEED=...)"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # A cache file cut short by an interrupted run: the program is compiled instead.
+    config.addinivalue_line("filterwarnings", "ignore:Error reading persistent compilation cache")
+    cache = getattr(config, "cache", None)
+    if cache is not None:
+        # One directory for each worker, as JAX does not write its files atomically.
+        worker = os.environ.get("PYTEST_XDIST_WORKER", "main")
+        directory = cache.mkdir("jax") / worker
+        jax.config.update("jax_compilation_cache_dir", str(directory))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
+
+
+@pytest.fixture
+def seed() -> int:
+    """The seed of the run, printed with every failure."""
+    print(f"seed {SEED}: repeat with BILEVEL_TEST_SEED={SEED}")
+    return SEED
+
+
+@pytest.fixture
+def key(seed: int) -> jax.Array:
+    """The random key of the run."""
+    return jax.random.key(seed)
+
+
+class TraceCounter:
+    """A function that counts its Python calls: under `jit`, how often it is traced."""
+
+    def __init__(self, fn):
+        functools.update_wrapper(self, fn)
+        self.fn = fn
+        self.count = 0
+
+    def __call__(self, *args):
+        self.count += 1
+        return self.fn(*args)
+
+
+@pytest.fixture
+def count_traces():
+    """Wraps a loss: `loss = count_traces(loss)`, then read or set `loss.count`."""
+    return TraceCounter
