@@ -54,9 +54,7 @@ def with_estimate(
     if damping is not None:
         status = jnp.where(damping == 0, combine(status, found.status), status)
     curvature = jnp.fmin(info.curvature, found.curvature.astype(info.curvature.dtype))
-    return h._replace(
-        info=info._replace(error_estimate=error, status=status, curvature=curvature)
-    )
+    return h._replace(info=info._replace(error_estimate=error, status=status, curvature=curvature))
 
 
 @eqx.filter_jit

@@ -282,7 +282,7 @@ def _enable_compilation_cache() -> None:
     """
     import jax
 
-    if jax.config.jax_compilation_cache_dir is not None:
+    if getattr(jax.config, "jax_compilation_cache_dir", None) is not None:
         return
     try:
         base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"

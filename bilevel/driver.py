@@ -70,7 +70,9 @@ def run(
     lam, w = validation.variables("lam", lam), validation.variables("w", w)
     key = jax.random.key(0) if key is None else key
     if validation.is_traced(problem, lam, w, solver, engine, key):
-        raise TypeError("run works from Python, between compiled chunks: do not call it inside jit.")
+        raise TypeError(
+            "run works from Python, between compiled chunks: do not call it inside jit."
+        )
     num_steps = _count("num_steps", num_steps, 0)
     chunk = min(max(num_steps // 10, 1), 100) if chunk is None else _count("chunk", chunk, 1)
     if patience is not None:
@@ -187,9 +189,7 @@ def _chunk(
         better = good & (value < state.best.outer_value)
         best = tree.where(better, Best(state.lam, h.w, value, state.step), state.best)
         worst = jnp.where(good, state.worst, h.info.status)
-        moved = RunState(
-            state.step + 1, lam, h.w, engine_state, outer_state, best, worst
-        )
+        moved = RunState(state.step + 1, lam, h.w, engine_state, outer_state, best, worst)
         # A hypergradient that cannot be trusted moves nothing.
         stayed = state._replace(step=state.step + 1, worst=worst)
         return _select(good, moved, stayed), state.lam, h, buffer, taken + 1

@@ -21,7 +21,9 @@ class Progress:
             return
         now = time.perf_counter()
         left = ""
-        if self.first is not None and step > self.first[0]:  # the first chunk holds the compile time
+        if (
+            self.first is not None and step > self.first[0]
+        ):  # the first chunk holds the compile time
             pace = (now - self.first[1]) / (step - self.first[0])
             left = f"  {pace * (self.num_steps - step):.0f} s left"
         elif self.first is None:

@@ -9,14 +9,14 @@ from jax import Array
 
 def num_rows(data: Any) -> int:
     """Length of the leading axis that all leaves share; ValueError where they do not."""
-    lengths = {leaf.shape[0] if leaf.ndim else None for leaf in jax.tree.leaves(data)}
-    if len(lengths) != 1 or None in lengths:
-        found = sorted(str(n) for n in lengths)
+    lengths = {leaf.shape[0] if leaf.ndim else -1 for leaf in jax.tree.leaves(data)}
+    if len(lengths) != 1 or -1 in lengths:
+        found = sorted("none" if n < 0 else str(n) for n in lengths)
         raise ValueError(
             "batch_size needs data whose arrays share the length of their first axis, "
             f"got lengths {', '.join(found)}."
         )
-    return lengths.pop()
+    return int(lengths.pop())
 
 
 def minibatch(data: Any, batch_size: int, key: Array) -> Any:

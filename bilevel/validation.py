@@ -2,12 +2,13 @@
 
 import functools
 import inspect
-from typing import Any
+from typing import Any, cast
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from hypergrad import ENGINES, AbstractEngine, BilevelProblem
 from hypergrad.base import Solver
@@ -83,7 +84,7 @@ def solver(value: Any, engine: AbstractEngine, problem: BilevelProblem) -> Solve
             f"the problem has an inner_init, but {name} has no derivative with respect to where the "
             "inner solve starts (it would be silently zero). Use the engine Unrolled."
         )
-    return value
+    return cast(Solver, value)
 
 
 def problem(value: Any) -> BilevelProblem:
@@ -128,12 +129,10 @@ def _check_loss(loss: Any, name: str, treedef: Any, shapes: tuple[Any, ...]) -> 
 
 
 def _describe(tree: Any) -> str:
-    shown = jax.tree.map(
-        lambda s: f"{s.dtype}[{','.join(map(str, s.shape))}]", tree
-    )
+    shown = jax.tree.map(lambda s: f"{s.dtype}[{','.join(map(str, s.shape))}]", tree)
     return str(shown).replace("'", "")
 
 
 def is_traced(*trees: Any) -> bool:
     """Whether any leaf is a tracer: the call is inside `jit`, `vmap` or `grad`."""
-    return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(trees))
+    return any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(trees))

@@ -86,9 +86,7 @@ class AbstractEngine(Settings):
     """Whether the derivative ignores how the inner solver got there (its start and its settings)."""
 
     @abc.abstractmethod
-    def init(
-        self, problem: BilevelProblem, solver: Solver, w: Tree, lam: Tree, key: Array
-    ) -> Any:
+    def init(self, problem: BilevelProblem, solver: Solver, w: Tree, lam: Tree, key: Array) -> Any:
         """The state before the first step."""
 
     @abc.abstractmethod

@@ -17,7 +17,7 @@ from hypergrad.base import (
     make_solver,
 )
 from solvers import AbstractInnerSolver, tree
-from solvers.fields import cast, number, static
+from solvers.fields import Number, cast, number, static
 from solvers.loops import solve, tolerance
 from solvers.types import Tree
 
@@ -40,7 +40,7 @@ class Penalised(eqx.Module):
 
     problem: BilevelProblem
     lam: Tree
-    weight: Array
+    weight: Number
     outer_batch: Any
 
     def __call__(self, w: Tree, batch: Any) -> Array:
@@ -70,7 +70,7 @@ class F2SA(AbstractEngine):
     schedule of the paper: the penalty is constant and the copies are solved.
     """
 
-    nu: Array = number(0.02, low=0.0, strict=True)
+    nu: Number = number(0.02, low=0.0, strict=True)
     order: int = static(2, low=1)
     estimate: bool | None = static(None)
 
@@ -139,7 +139,7 @@ class F2SA(AbstractEngine):
         return Penalised(problem, lam, j * self.nu, problem.outer_batch(key))
 
 
-def tightened(solver: AbstractInnerSolver, w: Tree, factor: Array) -> AbstractInnerSolver:
+def tightened(solver: AbstractInnerSolver, w: Tree, factor: Number) -> AbstractInnerSolver:
     """The solver with its tolerance multiplied by a penalty parameter below 1 (0 stays 0)."""
     tol = tolerance(solver, w)
     tol = tol * jnp.minimum(cast(factor, tol), 1.0)

@@ -16,7 +16,7 @@ from hypergrad.base import (
 )
 from hypergrad.derivatives import cross_vjp, hessian_product, outer_value_and_grads
 from solvers import CG, AbstractLinearSolver, tree
-from solvers.fields import number, static
+from solvers.fields import Number, number, static
 from solvers.loops import solve
 from solvers.types import Tree
 
@@ -40,7 +40,7 @@ class Implicit(AbstractEngine):
     """
 
     linear_solver: AbstractLinearSolver | None = None
-    damping: Array = number(0.0, low=0.0)
+    damping: Number = number(0.0, low=0.0)
     estimate: bool | None = static(None)
 
     needs_implicit = True

@@ -18,7 +18,7 @@ from hypergrad.base import (
 from hypergrad.derivatives import hessian_product
 from hypergrad.f2sa import Penalised, tightened
 from solvers import Status, tree
-from solvers.fields import cast, number, static
+from solvers.fields import Number, cast, number, static
 from solvers.linear.spectrum import ritz_values
 from solvers.loops import solve, tolerance
 from solvers.status import where
@@ -72,8 +72,8 @@ class Moreau(AbstractEngine):
     loop over any inner solver instead of single gradient steps; the fixed point is the same.
     """
 
-    c: Array = number(300.0, low=0.0, strict=True)
-    gamma: Array | str = number("auto", low=0.0, strict=True)
+    c: Number = number(300.0, low=0.0, strict=True)
+    gamma: Number | str = number("auto", low=0.0, strict=True)
     max_sweeps: int = static(50, low=1)
     estimate: bool | None = static(None)
 
@@ -101,9 +101,7 @@ class Moreau(AbstractEngine):
             gamma = cast(self.gamma, like)
         proximal = solver.init(Proximal(problem, lam, w, gamma), w, batch)
         tilted = Tilted(self._penalised(problem, lam, key, like), tree.zeros_like(w))
-        return _State(
-            w, gamma.astype(like.dtype), proximal, solver.init(tilted, w, batch)
-        )
+        return _State(w, gamma.astype(like.dtype), proximal, solver.init(tilted, w, batch))
 
     def step(
         self,
@@ -181,7 +179,10 @@ class Moreau(AbstractEngine):
         objective = problem.inner_objective(lam)
         residual = tree.norm(solver.optimality(objective, theta, batch))
         inner = report._replace(
-            value=objective(theta, batch), residual=residual, num_steps=last.sweeps, status=last.status
+            value=objective(theta, batch),
+            residual=residual,
+            num_steps=last.sweeps,
+            status=last.status,
         )
         unmet = (wanted > 0) & (last.residual > goal)
         info = make_info(value, inner, grad, where(unmet, Status.MAX_STEPS))

@@ -15,7 +15,7 @@ from hypergrad.base import (
 )
 from hypergrad.derivatives import cross_vjp, hessian_product, outer_value_and_grads
 from solvers import tree
-from solvers.fields import cast, number, static
+from solvers.fields import Number, cast, number, static
 from solvers.linear.spectrum import largest_eigenvalue
 from solvers.loops import solve
 from solvers.types import Tree
@@ -34,7 +34,7 @@ class OneStep(AbstractEngine):
     Source: Luketina et al. 2016 (T1-T2); Bolte, Pauwels and Vaiter 2023.
     """
 
-    step_size: Array | str = number("auto", low=0.0, strict=True)
+    step_size: Number | str = number("auto", low=0.0, strict=True)
     estimate: bool | None = static(None)
 
     needs_implicit = True

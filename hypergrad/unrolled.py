@@ -58,7 +58,8 @@ class Unrolled(AbstractEngine):
             return run_steps(
                 inner_solver,
                 problem.inner_objective(lam),
-                *carry,
+                carry[0],
+                carry[1],
                 sampler,
                 num_steps,
                 start=start,

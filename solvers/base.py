@@ -5,10 +5,9 @@ from typing import Any, ClassVar
 
 import equinox as eqx
 import jax
-from jax import Array
 
-from solvers.fields import Settings
-from solvers.types import Objective, Tree
+from solvers.fields import Number, Settings
+from solvers.types import ObjectiveFn, Tree
 
 
 class AbstractInnerSolver(Settings):
@@ -21,7 +20,7 @@ class AbstractInnerSolver(Settings):
 
     max_steps: eqx.AbstractVar[int]
     """Static: the length of a fixed budget."""
-    tol: eqx.AbstractVar[Array | None]
+    tol: eqx.AbstractVar[Number | None]
     """Absolute 2-norm of `optimality`; None is 1e-8 (float64) or 1e-4; 0 is a fixed budget."""
 
     lagged: ClassVar[bool] = False
@@ -31,17 +30,17 @@ class AbstractInnerSolver(Settings):
     """Whether each step may see another batch; else one batch serves the whole solve."""
 
     @abc.abstractmethod
-    def init(self, objective: Objective, w: Tree, batch: Any) -> Any:
+    def init(self, objective: ObjectiveFn, w: Tree, batch: Any) -> Any:
         """The state before the first step from `w`."""
 
     @abc.abstractmethod
-    def step(self, objective: Objective, w: Tree, state: Any, batch: Any) -> tuple[Tree, Any]:
+    def step(self, objective: ObjectiveFn, w: Tree, state: Any, batch: Any) -> tuple[Tree, Any]:
         """One iteration."""
 
-    def restart(self, objective: Objective, w: Tree, state: Any, batch: Any) -> Any:
+    def restart(self, objective: ObjectiveFn, w: Tree, state: Any, batch: Any) -> Any:
         """The state for a new objective close to the last one; by default nothing is carried over."""
         return self.init(objective, w, batch)
 
-    def optimality(self, objective: Objective, w: Tree, batch: Any) -> Tree:
+    def optimality(self, objective: ObjectiveFn, w: Tree, batch: Any) -> Tree:
         """A map whose root is the answer; here the gradient, whose Jacobian is symmetric."""
         return jax.grad(objective)(w, batch)

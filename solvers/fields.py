@@ -5,7 +5,6 @@ without recompiling. A number may also be given as a function of the outer step 
 """
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
@@ -13,8 +12,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.core import Tracer
 
 from solvers.static_function import StaticFunction
+
+Number = Array | float
+"""A numeric setting: given as a number, stored as an array."""
 
 
 class Schedule(eqx.Module):
@@ -32,9 +35,7 @@ def number(default: Any, *, low: float | None = None, strict: bool = False) -> A
     Python numbers become strongly typed floats; `None` and strings such as "auto" are kept; a
     callable becomes a `Schedule`. Values below `low` (or equal to it, if `strict`) are refused.
     """
-    return eqx.field(
-        default=default, converter=_to_number, metadata={"low": low, "strict": strict}
-    )
+    return eqx.field(default=default, converter=_to_number, metadata={"low": low, "strict": strict})
 
 
 def static(default: Any, *, low: int | None = None, **kwargs: Any) -> Any:
@@ -61,7 +62,7 @@ class Settings(eqx.Module):
             value = getattr(self, field.name)
             where = f"{type(self).__name__}({field.name}=...)"
             low = field.metadata.get("low")
-            if isinstance(value, jax.Array) and not isinstance(value, jax.core.Tracer):
+            if isinstance(value, jax.Array) and not isinstance(value, Tracer):
                 _check_number(where, value, low, field.metadata.get("strict", False))
             int_low = field.metadata.get("int_low")
             if int_low is not None and value is not None:
@@ -89,9 +90,6 @@ def at_step(tree: Any, step: Array | int) -> Any:
     return jax.tree.map(resolve, tree, is_leaf=lambda leaf: isinstance(leaf, Schedule))
 
 
-def cast(value: Array, like: Array) -> Array:
+def cast(value: Any, like: Array) -> Array:
     """A setting in the dtype of the quantity it is compared or multiplied with."""
     return jnp.asarray(value).astype(jnp.result_type(like))
-
-
-StepFunction = Callable[[Array], Array]

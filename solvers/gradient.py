@@ -4,13 +4,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import Array
 
 from solvers import tree
 from solvers.base import AbstractInnerSolver
-from solvers.fields import cast, number, static
+from solvers.fields import Number, cast, number, static
 from solvers.linear.spectrum import largest_eigenvalue
-from solvers.types import MatVec, Objective, Scalar, Tree
+from solvers.types import MatVec, ObjectiveFn, Scalar, Tree
 
 
 class GradientDescent(AbstractInnerSolver):
@@ -21,10 +20,10 @@ class GradientDescent(AbstractInnerSolver):
     through it. Linear rate `1 - learning_rate mu` on a mu-strongly convex objective.
     """
 
-    learning_rate: Array | str = number("auto", low=0.0, strict=True)
-    momentum: Array = number(0.0, low=0.0)
+    learning_rate: Number | str = number("auto", low=0.0, strict=True)
+    momentum: Number = number(0.0, low=0.0)
     max_steps: int = static(100, low=1)
-    tol: Array | None = number(None, low=0.0)
+    tol: Number | None = number(None, low=0.0)
     nesterov: bool = static(False)
 
     lagged = True
@@ -36,7 +35,7 @@ class GradientDescent(AbstractInnerSolver):
                 f"{self.learning_rate!r}."
             )
 
-    def init(self, objective: Objective, w: Tree, batch: Any) -> "_State":
+    def init(self, objective: ObjectiveFn, w: Tree, batch: Any) -> "_State":
         like = jnp.zeros((), tree.accumulation_dtype(w))
         if isinstance(self.learning_rate, str):
             _, hvp = linearized_hvp(objective, w, batch)
@@ -49,7 +48,7 @@ class GradientDescent(AbstractInnerSolver):
         return _State(tree.zeros_like(w), learning_rate, jnp.full_like(like, jnp.inf))
 
     def step(
-        self, objective: Objective, w: Tree, state: "_State", batch: Any
+        self, objective: ObjectiveFn, w: Tree, state: "_State", batch: Any
     ) -> tuple[Tree, "_State"]:
         gradient = jax.grad(objective)(w, batch)
         momentum = tree.axpy(self.momentum, state.momentum, gradient)
@@ -66,7 +65,7 @@ class _State(NamedTuple):
     residual: Scalar
 
 
-def linearized_hvp(objective: Objective, w: Tree, batch: Any) -> tuple[Tree, MatVec]:
+def linearized_hvp(objective: ObjectiveFn, w: Tree, batch: Any) -> tuple[Tree, MatVec]:
     """The gradient at `w` and the Hessian-vector product there, linearised once for many products.
 
     Forward over reverse; an objective that carries its own `hvp` uses that instead.
@@ -74,5 +73,5 @@ def linearized_hvp(objective: Objective, w: Tree, batch: Any) -> tuple[Tree, Mat
     own = getattr(objective, "hvp", None)
     if own is not None:
         gradient = jax.grad(objective)(w, batch)
-        return gradient, lambda v: own(w, objective.args, batch, v)
+        return gradient, lambda v: own(w, getattr(objective, "args", None), batch, v)
     return jax.linearize(lambda u: jax.grad(objective)(u, batch), w)

@@ -5,12 +5,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import Array
 
 from solvers import tree
 from solvers.base import AbstractInnerSolver
-from solvers.fields import number, static
-from solvers.types import Objective, Scalar, Tree
+from solvers.fields import Number, number, static
+from solvers.types import ObjectiveFn, Scalar, Tree
 
 
 def _as_items(options: Any) -> tuple[tuple[str, Any], ...]:
@@ -27,7 +26,7 @@ class JaxoptSolver(AbstractInnerSolver):
 
     name: str = static("LBFGS")
     max_steps: int = static(100, low=1)
-    tol: Array | None = number(None, low=0.0)
+    tol: Number | None = number(None, low=0.0)
     options: tuple[tuple[str, Any], ...] = static((), converter=_as_items)
 
     unrollable = False
@@ -39,14 +38,14 @@ class JaxoptSolver(AbstractInnerSolver):
                 f"JaxoptSolver(name=...) must name an iterative jaxopt solver, got {self.name!r}."
             )
 
-    def init(self, objective: Objective, w: Tree, batch: Any) -> "_State":
+    def init(self, objective: ObjectiveFn, w: Tree, batch: Any) -> "_State":
         with _relaxed():
             inner = self._solver(objective).init_state(w, batch)
         inner = jax.tree.map(lambda x: jax.lax.convert_element_type(x, jnp.result_type(x)), inner)
         return _State(inner, tree.norm(jax.grad(objective)(w, batch)))
 
     def step(
-        self, objective: Objective, w: Tree, state: "_State", batch: Any
+        self, objective: ObjectiveFn, w: Tree, state: "_State", batch: Any
     ) -> tuple[Tree, "_State"]:
         with _relaxed():
             new_w, inner = self._solver(objective).update(w, state.inner, batch)
@@ -55,7 +54,7 @@ class JaxoptSolver(AbstractInnerSolver):
         inner = jax.tree.map(keep, inner, state.inner)
         return new_w, _State(inner, tree.norm(jax.grad(objective)(new_w, batch)))
 
-    def _solver(self, objective: Objective) -> Any:
+    def _solver(self, objective: ObjectiveFn) -> Any:
         options = {"maxiter": self.max_steps, "tol": 0.0, **dict(self.options)}
         return getattr(_jaxopt(), self.name)(fun=lambda w, batch: objective(w, batch), **options)
 

@@ -8,9 +8,9 @@ from jax import Array
 
 from solvers import tree
 from solvers.base import AbstractInnerSolver
-from solvers.fields import number, static
+from solvers.fields import Number, number, static
 from solvers.line_search import wolfe_search
-from solvers.types import Objective, Scalar, Tree
+from solvers.types import ObjectiveFn, Scalar, Tree
 
 
 class LBFGS(AbstractInnerSolver):
@@ -25,19 +25,19 @@ class LBFGS(AbstractInnerSolver):
     """
 
     max_steps: int = static(100, low=1)
-    tol: Array | None = number(None, low=0.0)
+    tol: Number | None = number(None, low=0.0)
     memory: int = static(10, low=1)
 
     unrollable = False
     minibatches = False
 
-    def init(self, objective: Objective, w: Tree, batch: Any) -> "_State":
+    def init(self, objective: ObjectiveFn, w: Tree, batch: Any) -> "_State":
         vector, _ = tree.flatten(w)
         pairs = jnp.zeros((self.memory, vector.size), vector.dtype)
         empty = jnp.zeros(self.memory, vector.dtype)
         return self._evaluate(objective, w, batch, pairs, pairs, empty)
 
-    def restart(self, objective: Objective, w: Tree, state: "_State", batch: Any) -> "_State":
+    def restart(self, objective: ObjectiveFn, w: Tree, state: "_State", batch: Any) -> "_State":
         # A failed solve may have left pairs that are not numbers.
         usable = jnp.all(jnp.isfinite(state.inverse_curvature)) & jnp.all(jnp.isfinite(state.steps))
         keep = jnp.where(usable, state.inverse_curvature, jnp.zeros_like(state.inverse_curvature))
@@ -61,7 +61,7 @@ class LBFGS(AbstractInnerSolver):
         )
 
     def step(
-        self, objective: Objective, w: Tree, state: "_State", batch: Any
+        self, objective: ObjectiveFn, w: Tree, state: "_State", batch: Any
     ) -> tuple[Tree, "_State"]:
         vector, unflatten = tree.flatten(w)
 

@@ -35,7 +35,7 @@ def wolfe_search(
     (Hager and Zhang 2005, approximate Wolfe conditions). One value and gradient per trial.
     """
     slope = jnp.vdot(gradient, direction)
-    noise = 10 * jnp.finfo(value.dtype).eps * jnp.maximum(jnp.abs(value), 1e-30)
+    noise = 50 * jnp.finfo(value.dtype).eps * jnp.maximum(jnp.abs(value), 1.0)
 
     def is_open(c: _Carry) -> Array:
         return ~c.accepted & (c.trials < _TRIALS)

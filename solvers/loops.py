@@ -11,7 +11,7 @@ from solvers import status, tree
 from solvers.base import AbstractInnerSolver
 from solvers.fields import cast
 from solvers.status import Status
-from solvers.types import Objective, Sampler, Scalar, SolveInfo, Tree
+from solvers.types import ObjectiveFn, Sampler, Scalar, SolveInfo, Tree
 
 
 def tolerance(solver: AbstractInnerSolver, w: Tree) -> Scalar:
@@ -22,7 +22,7 @@ def tolerance(solver: AbstractInnerSolver, w: Tree) -> Scalar:
 
 
 def solve(
-    solver: AbstractInnerSolver, objective: Objective, w: Tree, state: Any, sampler: Sampler
+    solver: AbstractInnerSolver, objective: ObjectiveFn, w: Tree, state: Any, sampler: Sampler
 ) -> tuple[Tree, Any, SolveInfo]:
     """Run until the tolerance or the budget is reached: `(w, state, info)`.
 
@@ -40,7 +40,7 @@ def solve(
 
 def judge(
     solver: AbstractInnerSolver,
-    objective: Objective,
+    objective: ObjectiveFn,
     w: Tree,
     batch: Any,
     num_steps: Array,
@@ -64,7 +64,12 @@ def judge(
 
 
 def run_until(
-    solver: AbstractInnerSolver, objective: Objective, w: Tree, state: Any, batch: Any, tol: Scalar
+    solver: AbstractInnerSolver,
+    objective: ObjectiveFn,
+    w: Tree,
+    state: Any,
+    batch: Any,
+    tol: Scalar,
 ) -> tuple[Tree, Any, Array]:
     """Steps until the residual is at most `tol`, at most `max_steps` of them: `(w, state, steps)`."""
 
@@ -88,7 +93,7 @@ def run_until(
 
 def run_steps(
     solver: AbstractInnerSolver,
-    objective: Objective,
+    objective: ObjectiveFn,
     w: Tree,
     state: Any,
     sampler: Sampler,

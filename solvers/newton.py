@@ -8,12 +8,12 @@ from jax import Array
 
 from solvers import tree
 from solvers.base import AbstractInnerSolver
-from solvers.fields import number, static
+from solvers.fields import Number, number, static
 from solvers.gradient import linearized_hvp
 from solvers.line_search import wolfe_search
 from solvers.linear.base import AbstractLinearSolver
 from solvers.linear.cg import CG
-from solvers.types import Objective, Scalar, Tree
+from solvers.types import ObjectiveFn, Scalar, Tree
 
 
 class Newton(AbstractInnerSolver):
@@ -28,20 +28,20 @@ class Newton(AbstractInnerSolver):
     """
 
     max_steps: int = static(50, low=1)
-    tol: Array | None = number(None, low=0.0)
+    tol: Number | None = number(None, low=0.0)
     linear_solver: AbstractLinearSolver | None = None
 
     unrollable = False
     minibatches = False
 
-    def init(self, objective: Objective, w: Tree, batch: Any) -> "_State":
+    def init(self, objective: ObjectiveFn, w: Tree, batch: Any) -> "_State":
         value, gradient = jax.value_and_grad(objective)(w, batch)
         flat, _ = tree.flatten(gradient)
         stalled = jnp.asarray(False)
         return _State(value.astype(flat.dtype), flat, jnp.linalg.norm(flat), stalled)
 
     def step(
-        self, objective: Objective, w: Tree, state: "_State", batch: Any
+        self, objective: ObjectiveFn, w: Tree, state: "_State", batch: Any
     ) -> tuple[Tree, "_State"]:
         vector, unflatten = tree.flatten(w)
 

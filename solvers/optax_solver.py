@@ -9,9 +9,9 @@ from jax import Array
 
 from solvers import tree
 from solvers.base import AbstractInnerSolver
-from solvers.fields import number, static
+from solvers.fields import Number, number, static
 from solvers.static_function import StaticFunction
-from solvers.types import Objective, Scalar, Tree
+from solvers.types import ObjectiveFn, Scalar, Tree
 
 
 class OptaxSolver(AbstractInnerSolver):
@@ -24,7 +24,7 @@ class OptaxSolver(AbstractInnerSolver):
 
     tx: StaticFunction = static(None, converter=StaticFunction)
     max_steps: int = static(100, low=1)
-    tol: Array | None = number(None, low=0.0)
+    tol: Number | None = number(None, low=0.0)
 
     lagged = True
 
@@ -35,15 +35,15 @@ class OptaxSolver(AbstractInnerSolver):
                 f"optax.adam(1e-2), got {self.tx.value!r}."
             )
 
-    def init(self, objective: Objective, w: Tree, batch: Any) -> "_State":
+    def init(self, objective: ObjectiveFn, w: Tree, batch: Any) -> "_State":
         infinity = jnp.full((), jnp.inf, tree.accumulation_dtype(w))
         return _State(optax_init(self.tx, w), infinity)
 
-    def restart(self, objective: Objective, w: Tree, state: "_State", batch: Any) -> "_State":
+    def restart(self, objective: ObjectiveFn, w: Tree, state: "_State", batch: Any) -> "_State":
         return state._replace(residual=jnp.full_like(state.residual, jnp.inf))
 
     def step(
-        self, objective: Objective, w: Tree, state: "_State", batch: Any
+        self, objective: ObjectiveFn, w: Tree, state: "_State", batch: Any
     ) -> tuple[Tree, "_State"]:
         value, gradient = jax.value_and_grad(objective)(w, batch)
         w, rule = optax_update(

@@ -16,6 +16,10 @@ MatVec = Callable[[Tree], Tree]
 """A linear map between trees of one structure."""
 
 
+ObjectiveFn = Callable[[Tree, Any], Scalar]
+"""What solvers minimise: `objective(w, batch) -> scalar`."""
+
+
 class Objective(eqx.Module):
     """A scalar function of `w` at fixed arguments: `objective(w, batch) = fn(w, args, batch)`.
 

@@ -3,6 +3,12 @@
 import functools
 import os
 
+# Programs here are compiled once and run for milliseconds: compile quickly. Before JAX starts.
+os.environ.setdefault(
+    "XLA_FLAGS",
+    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
+)
+
 import jax
 import pytest
 

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from bilevel.tuning.data import Table
+from bilevel.tuning.scores import scores
 from bilevel.tuning.splits import TuneSplit
 
 
@@ -18,19 +19,6 @@ def _estimator(task: str, strength: float | None) -> Any:
     value = {} if strength is None else {"alpha" if task == "ridge" else "C": strength}
     model = Ridge(**value) if task == "ridge" else LogisticRegression(max_iter=2000, **value)
     return make_pipeline(StandardScaler(), model)
-
-
-def scores(table: Table, prediction: np.ndarray, y: np.ndarray) -> dict[str, float | None]:
-    """Test scores of predicted values (ridge) or class log-probabilities.
-
-    The loss is half the mean squared error, or the mean cross-entropy.
-    """
-    if table.classes is None:
-        loss = 0.5 * float(np.mean(np.square(prediction - y)))
-        spread = float(np.mean(np.square(y - y.mean())))
-        return {"test_loss": loss, "test_r2": 1 - 2 * loss / spread if spread > 0 else None}
-    loss = -float(np.mean(prediction[np.arange(len(y)), y]))
-    return {"test_loss": loss, "test_accuracy": float(np.mean(prediction.argmax(axis=1) == y))}
 
 
 def _predict(table: Table, estimator: Any, X: np.ndarray) -> np.ndarray:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax import Array
 
-from bilevel.tuning.models import softmax_rows
+from bilevel.tuning.models import pin_shift, softmax_rows
 
 
 class WeightedRows(NamedTuple):
@@ -38,19 +38,16 @@ def init_weights(num_features: int, num_classes: int) -> dict[str, Array]:
     }
 
 
-def predict(w: Any, X: Array) -> Array:
-    """Linear predictor, (n, C)."""
-    return X @ w["coef"] + w["intercept"][None, :]
-
-
 def _cross_entropy(w: Any, X: Array, y: Array) -> Array:
-    return softmax_rows(predict(w, X)[None], y)[0]
+    f = jnp.einsum("dc,nd->cn", w["coef"], X) + w["intercept"][:, None]
+    return softmax_rows(f[None], y)[0]
 
 
 def weighted_inner(w: Any, lam: Array, batch: WeightedRows) -> Array:
     """Weighted mean cross-entropy and penalty: `sum_i lam_i CE_i / count + penalty / 2 ||coef||^2`."""
     fit = jnp.sum(lam * _cross_entropy(w, batch.X, batch.y)) / batch.count
-    return fit + 0.5 * batch.penalty * jnp.sum(jnp.square(w["coef"]))
+    penalty = 0.5 * batch.penalty * jnp.sum(jnp.square(w["coef"]))
+    return fit + penalty + pin_shift(w["intercept"])
 
 
 def trusted_outer(w: Any, lam: Array, batch: TrustedRows) -> Array:

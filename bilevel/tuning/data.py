@@ -123,7 +123,9 @@ def check_table(frame: Any, name: str, target: str) -> Table:
     names = [str(column) for column in frame.columns]
     if target not in names:
         shown = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
-        raise InputError(f"no column {target!r} in {name!r}; expected --target to be one of {shown}")
+        raise InputError(
+            f"no column {target!r} in {name!r}; expected --target to be one of {shown}"
+        )
     if len(frame) < 2:
         raise InputError(f"{name!r} has {len(frame)} rows; expected at least 2")
     features = [column for column in names if column != target]

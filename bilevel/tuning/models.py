@@ -40,29 +40,35 @@ def init_weights(num_folds: int, num_features: int, num_outputs: int) -> dict[st
 
 
 def predict(w: dict[str, Array], batch: FoldBatch) -> Array:
-    """Linear predictor of every fold at every row, (K, n, C)."""
-    num_folds, num_features, num_outputs = w["coef"].shape
+    """Linear predictor of every fold at every row, (K, C, n): rows last, which is twice as fast."""
     coef = w["coef"] * batch.ratio[:, :, None]
     offset = w["intercept"] - jnp.einsum("kd,kdc->kc", batch.shift, coef)
-    flat = jnp.transpose(coef, (1, 0, 2)).reshape(num_features, num_folds * num_outputs)
-    product = (batch.X @ flat).reshape(-1, num_folds, num_outputs)
-    return jnp.transpose(product, (1, 0, 2)) + offset[:, None, :]
+    return jnp.einsum("kdc,nd->kcn", coef, batch.X) + offset[:, :, None]
 
 
 def squared_rows(f: Array, y: Array) -> Array:
     """Half squared error of each fold at each row, (K, n)."""
-    return 0.5 * jnp.square(f[:, :, 0] - y[None, :])
+    return 0.5 * jnp.square(f[:, 0] - y[None, :])
 
 
 def logistic_rows(f: Array, y: Array) -> Array:
     """Logistic loss; `y` is 0 or 1."""
-    return jax.nn.softplus(f[:, :, 0]) - y[None, :] * f[:, :, 0]
+    return jax.nn.softplus(f[:, 0]) - y[None, :] * f[:, 0]
 
 
 def softmax_rows(f: Array, y: Array) -> Array:
     """Softmax cross-entropy; `y` is the class index."""
-    picked = jnp.take_along_axis(f, y[None, :, None], axis=2)[:, :, 0]
-    return jax.nn.logsumexp(f, axis=2) - picked
+    picked = jnp.take_along_axis(f, y[None, None, :], axis=1)[:, 0]
+    return jax.nn.logsumexp(f, axis=1) - picked
+
+
+def pin_shift(intercept: Array) -> Array:
+    """Chooses, among the equal minimisers of a softmax fit, the intercepts that sum to zero.
+
+    A shift of all intercepts changes no probability, so this costs the fit nothing and makes the
+    Hessian positive definite.
+    """
+    return 0.5 * jnp.sum(jnp.square(jnp.sum(intercept, axis=-1))) / intercept.shape[-1]
 
 
 def _training_loss(rows: Any, w: dict[str, Array], lam: Array, batch: FoldBatch) -> Array:
@@ -99,7 +105,7 @@ def logistic_outer(w: Any, lam: Array, batch: FoldBatch) -> Array:
 
 def softmax_inner(w: Any, lam: Array, batch: FoldBatch) -> Array:
     """Mean cross-entropy and penalty, summed over folds."""
-    return _training_loss(softmax_rows, w, lam, batch)
+    return _training_loss(softmax_rows, w, lam, batch) + pin_shift(w["intercept"])
 
 
 def softmax_outer(w: Any, lam: Array, batch: FoldBatch) -> Array:

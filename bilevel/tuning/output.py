@@ -8,13 +8,25 @@ import platform
 import tempfile
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from bilevel.tuning.errors import InputError
 
 FILES = ("result.json", "model.npz")
+
+
+class Outcome(NamedTuple):
+    """What a command hands to its caller."""
+
+    result: dict[str, Any]
+    """Fields of `result.json`."""
+    arrays: dict[str, np.ndarray]
+    """Contents of `model.npz`."""
+    text: str
+    """The table."""
+    target: str
 
 
 class OutDir:
@@ -113,7 +125,7 @@ def plain(value: Any) -> Any:
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [plain(item) for item in value]
-    if isinstance(value, np.ndarray) or hasattr(value, "__array__") and not np.isscalar(value):
+    if isinstance(value, np.ndarray) or (hasattr(value, "__array__") and not np.isscalar(value)):
         return plain(np.asarray(value).tolist())
     if isinstance(value, np.generic):
         return plain(value.item())
@@ -144,8 +156,13 @@ def table(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join(out)
 
 
-def number(value: float | None, digits: int = 4) -> str:
-    """A cell of the table; a dash where there is no number."""
+def fixed(value: float | None) -> str:
+    """A score in a table; a dash where there is none."""
     if value is None or not math.isfinite(value):
         return "-"
-    return f"{value:.{digits}g}" if abs(value) < 1e-3 or abs(value) >= 1e4 else f"{value:.{digits}f}"
+    return f"{value:.4f}" if abs(value) < 1e3 else f"{value:.5g}"
+
+
+def short(value: float) -> str:
+    """A penalty in a table."""
+    return f"{value:.3g}"

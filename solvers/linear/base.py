@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from solvers import status, tree
-from solvers.fields import Settings
+from solvers.fields import Number, Settings
 from solvers.status import Status
 from solvers.types import MatVec, Scalar, Tree
 
@@ -81,9 +81,9 @@ def finish(
     return LinearInfo(relative, jnp.asarray(num_steps, jnp.int32), code, curvature)
 
 
-def accept_fixed_budget(info: LinearInfo, rtol: Array | None, atol: Array | None) -> LinearInfo:
+def accept_fixed_budget(info: LinearInfo, rtol: Number | None, atol: Number | None) -> LinearInfo:
     """With both tolerances zero the step budget is what was asked for: MAX_STEPS becomes OK."""
     if rtol is None or atol is None:
         return info
-    accepted = (rtol == 0) & (atol == 0) & (info.status == Status.MAX_STEPS)
+    accepted = (jnp.asarray(rtol) == 0) & (jnp.asarray(atol) == 0) & (info.status == Status.MAX_STEPS)
     return info._replace(status=jnp.where(accepted, jnp.int32(Status.OK), info.status))

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from solvers import tree
-from solvers.fields import cast, number, static
+from solvers.fields import Number, cast, number, static
 from solvers.linear.base import AbstractLinearSolver, LinearInfo, accept_fixed_budget, finish
 from solvers.status import Status
 from solvers.types import MatVec, Scalar, Tree
@@ -31,8 +31,8 @@ class CG(AbstractLinearSolver):
     Source: Hestenes and Stiefel 1952; restart and curvature test as in Nocedal and Wright, chapter 7.
     """
 
-    rtol: Array | None = number(None, low=0.0)
-    atol: Array = number(0.0, low=0.0)
+    rtol: Number | None = number(None, low=0.0)
+    atol: Number = number(0.0, low=0.0)
     max_steps: int | None = static(None, low=1)
     preconditioner: Callable[[Tree], Tree] | None = None
 

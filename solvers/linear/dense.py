@@ -51,9 +51,7 @@ class Dense(AbstractLinearSolver):
 
         x = unflatten(jax.lax.cond(definite, by_cholesky, by_eigenvectors, None))
         residual = tree.norm(tree.axpy(-1.0, matvec(x), b))
-        code = jnp.where(
-            smallest < -rounding, jnp.int32(Status.INDEFINITE), jnp.int32(Status.OK)
-        )
+        code = jnp.where(smallest < -rounding, jnp.int32(Status.INDEFINITE), jnp.int32(Status.OK))
         info = finish(
             matvec,
             b,

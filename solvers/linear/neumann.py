@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from solvers import tree
-from solvers.fields import cast, number, static
+from solvers.fields import Number, cast, number, static
 from solvers.linear.base import AbstractLinearSolver, LinearInfo, accept_fixed_budget, finish
 from solvers.linear.spectrum import largest_eigenvalue
 from solvers.status import Status
@@ -30,9 +30,9 @@ class Neumann(AbstractLinearSolver):
     """
 
     max_steps: int = static(100, low=1)
-    rtol: Array = number(0.0, low=0.0)
-    atol: Array = number(0.0, low=0.0)
-    step: Array | str = number("auto", low=0.0, strict=True)
+    rtol: Number = number(0.0, low=0.0)
+    atol: Number = number(0.0, low=0.0)
+    step: Number | str = number("auto", low=0.0, strict=True)
 
     def __check_init__(self) -> None:
         if isinstance(self.step, str) and self.step != "auto":
@@ -50,8 +50,6 @@ class Neumann(AbstractLinearSolver):
         b_norm = tree.norm(b)
         target = jnp.maximum(cast(self.rtol, b_norm) * b_norm, cast(self.atol, b_norm))
         automatic = isinstance(self.step, str)
-        # Growth below the rounding level of the residual means nothing.
-        noise = 100 * tree.epsilon(b) * b_norm
 
         def is_open(c: _Carry) -> Array:
             return (c.residual > target) & (c.steps < self.max_steps) & (c.code == Status.OK)
@@ -65,7 +63,9 @@ class Neumann(AbstractLinearSolver):
             length2 = jnp.where(c.residual > 0, c.residual**2, 1.0)
             rayleigh = tree.vdot(c.r, fell) / (c.step * length2)
             largest = jnp.maximum(c.largest, tree.norm(fell) / (c.step * jnp.sqrt(length2)))
-            grows = residual > jnp.maximum(c.residual * (1 + 1e-6), noise)
+            # Growth below the rounding level of the residual means nothing.
+            noise = 10 * tree.epsilon(b) * (b_norm + largest * tree.norm(x))
+            grows = residual > c.residual * (1 + 1e-6) + noise
             negative = grows & (rayleigh < 0)
             too_long = grows & ~negative
             code = jnp.where(negative, jnp.int32(Status.INDEFINITE), jnp.int32(Status.OK))

@@ -1,6 +1,5 @@
 """The commands refuse bad input in one line, before any compute, and leave the disk as it was."""
 
-import json
 import os
 import subprocess
 import sys
@@ -154,7 +153,9 @@ def test_fuzzed_files_never_raise(tmp_path, capsys):
     for trial in range(60):
         raw = bytearray(good[: rng.integers(1, len(good))])
         for _ in range(rng.integers(1, 30)):
-            raw[rng.integers(len(raw))] = rng.integers(256) if trial % 2 else ord(rng.choice(list(',"\n;x ')))
+            raw[rng.integers(len(raw))] = (
+                rng.integers(256) if trial % 2 else ord(rng.choice(list(',"\n;x ')))
+            )
         path.write_bytes(bytes(raw))
         try:
             data.load_table(str(path), "y")
@@ -166,7 +167,7 @@ def test_fuzzed_files_never_raise(tmp_path, capsys):
 def test_missing_extra_names_it(monkeypatch, capsys, files):
     monkeypatch.chdir(files)
     monkeypatch.setitem(sys.modules, "pandas", None)
-    assert cli.main("tune good.csv --target y".split()) == 2
+    assert cli.main(["tune", "good.csv", "--target", "y"]) == 2
     captured = capsys.readouterr()
     assert "bilevel[tune]" in captured.err
     assert captured.err.count("\n") == 1

@@ -1,12 +1,12 @@
 """Bilevel problems whose solution and hypergradient are known in closed form.
 
 Each problem holds two losses `(w, lam, batch) -> scalar`, their data, an outer variable `lam`, a
-start `w`, and `solution(lam)` and `hypergradient(lam)`, computed in NumPy and float64 from the data as
-stored, by formulas derived by hand (no automatic differentiation). `make(name, seed)` draws one,
-`make_judged(kind, seed)` one whose adjoint system is singular, indefinite or trivial.
+start `w`, and `solution(lam)` and `hypergradient(lam)`, computed in NumPy and float64 from the
+data as stored, by formulas derived by hand (no automatic differentiation). `make(name, seed)` draws
+one, `make_judged(kind, seed)` one whose adjoint system is singular, indefinite or trivial.
 
-In the formulas g is the inner loss, f the outer one, F(lam) = f(w*(lam), lam), H the Hessian of g in
-w, and the adjoint q solves H q = grad_w f; then grad F = grad_lam f - (d/dlam grad_w g)' q.
+In the formulas g is the inner loss, f the outer one, F(lam) = f(w*(lam), lam), H the Hessian of g
+in w, and the adjoint q solves H q = grad_w f; then grad F = grad_lam f - (d/dlam grad_w g)' q.
 """
 
 from collections.abc import Callable

@@ -37,7 +37,7 @@ def logistic_outer(w: jax.Array, lam: jax.Array, batch: Tree) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True)
 class Logistic(Case):
-    """One penalty; with s = 1 / (1 + exp(y Xw)): gradient -X'(y s)/n, Hessian X' diag(s(1-s)) X/n."""
+    """One penalty. With s = 1/(1 + exp(y Xw)): gradient -X'(ys)/n, Hessian X' diag(s - s^2) X/n."""
 
     inner: ClassVar = staticmethod(logistic_inner)
     outer: ClassVar = staticmethod(logistic_outer)
@@ -99,7 +99,7 @@ def softmax_hvp(w: jax.Array, lam: jax.Array, batch: Tree, v: jax.Array) -> jax.
 
 @dataclasses.dataclass(frozen=True)
 class Softmax(Case):
-    """One penalty for each feature; with P the class probabilities and Y the one-hot labels: gradient
+    """One penalty for each feature. With P the probabilities and Y the one-hot labels: gradient
     X'(P - Y)/n, Hessian mean_i (x_i x_i') kron (diag(p_i) - p_i p_i').
     """
 

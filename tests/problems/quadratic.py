@@ -152,14 +152,14 @@ def make_quadratic(
     A = Q @ np.diag(np.linspace(0.5, 2, p)) @ Q.T
     D = R @ np.diag(np.linspace(0.5, 1.5, p)) @ R.T
 
-    def scatter(mean: np.ndarray) -> np.ndarray:
-        noise = 0.3 * rng.normal(size=(n, *mean.shape))
+    def scatter(mean: np.ndarray, scale: float = 0.3) -> np.ndarray:
+        noise = scale * rng.normal(size=(n, *mean.shape))
         return mean + noise - noise.mean(axis=0)
 
-    A_i = scatter(A)
+    A_i = scatter(A, 0.1)
     inner_data = {
         "A": 0.5 * (A_i + A_i.transpose(0, 2, 1)),
-        "B": scatter(0.4 * rng.normal(size=(p, d))),
+        "B": scatter(0.25 * rng.normal(size=(p, d))),
         "b": scatter(rng.normal(size=p)),
     }
     outer_data = {

@@ -1,0 +1,172 @@
+"""The driver: right optimum, one compile, chunks that change nothing, errors that teach."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import problems
+import pytest
+
+import bilevel as bl
+
+
+def problem_of(case, **kwargs):
+    return bl.Problem(case.inner, case.outer, case.inner_data, case.outer_data, **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("engine", "tol"), [("implicit", 1e-3), ("unrolled", 1e-3), ("f2sa", 1e-2), ("moreau", 1e-2)]
+)
+def test_defaults_reach_the_optimum(engine, tol, seed):
+    case = problems.make("quadratic", seed)
+    result = bl.run(
+        problem_of(case), case.lam, case.w, engine=engine, num_steps=3000, outer=optax.adam(3e-2)
+    )
+    best = case.optimum()
+    assert np.linalg.norm(result.lam - best) < tol * np.linalg.norm(best)
+    assert result.status == bl.Status.OK
+
+
+def test_constant_penalty_ends_at_its_own_fixed_point(seed):
+    case = problems.make("quadratic", seed)
+    kwargs = {"num_steps": 1500, "outer": optax.sgd(0.2), "solver": bl.LBFGS(300, tol=1e-11)}
+    run = lambda engine: bl.run(  # noqa: E731
+        problem_of(case), case.lam, case.w, engine=engine, throw=False, **kwargs
+    ).lam
+    np.testing.assert_allclose(
+        run(bl.F2SA(nu=0.05, order=2)), case.central_optimum(0.05), rtol=1e-6
+    )
+
+
+def test_chunks_and_resuming_change_no_bit(seed):
+    case = problems.make("quadratic", seed)
+    problem = problem_of(case, batch_size=(None, 3))
+    run = lambda **kw: bl.run(  # noqa: E731
+        problem, case.lam, case.w, key=jax.random.key(seed), **kw
+    )
+    whole, chunked = run(num_steps=11, chunk=11), run(num_steps=11, chunk=4)
+    np.testing.assert_array_equal(whole.lam, chunked.lam)
+    np.testing.assert_array_equal(whole.w, chunked.w)
+    np.testing.assert_array_equal(whole.history.outer_value, chunked.history.outer_value)
+    resumed = run(num_steps=5, chunk=4, state=run(num_steps=6, chunk=4).state)
+    np.testing.assert_array_equal(whole.lam, resumed.lam)
+
+
+def test_no_new_trace_for_numbers_rules_or_a_short_chunk(seed, count_traces):
+    case = problems.make("quadratic", seed)
+    inner, outer = count_traces(case.inner), count_traces(case.outer)
+    problem = bl.Problem(inner, outer, case.inner_data, case.outer_data)
+    bl.run(problem, case.lam, case.w, num_steps=4, chunk=4, outer=optax.adam(1e-2))
+    counts = inner.count, outer.count
+    bl.run(problem, 2 * case.lam, case.w, num_steps=7, chunk=4, outer=optax.adam(1e-2))
+    assert (inner.count, outer.count) == counts
+
+
+def test_transform_projection_schedule_best_and_history(seed):
+    """Minimise (log w*)^2 + ... with w* = lam > 0: the natural scale stays positive."""
+    inner = lambda w, lam, batch: 0.5 * (w - lam["a"]) ** 2  # noqa: E731
+    outer = lambda w, lam, batch: (w - 0.2) ** 2  # noqa: E731
+    problem = bl.Problem(inner, outer)
+    result = bl.run(
+        problem,
+        {"a": 5.0},
+        0.0,
+        num_steps=200,
+        transform={"a": bl.transforms.Exp()},
+        engine=bl.F2SA(nu=bl.schedules.power(0.1, 0.5)),
+    )
+    assert abs(float(result.lam["a"]) - 0.2) < 1e-2
+    assert result.history.outer_value.shape == (200,)
+    assert float(result.best.outer_value) == result.history.outer_value.min()
+    boxed = bl.Problem(
+        inner, outer, outer_projection=lambda lam: {"a": jnp.maximum(lam["a"], 1.0)}
+    )
+    assert float(bl.run(boxed, {"a": 5.0}, 0.0, num_steps=200).lam["a"]) == 1.0
+
+
+def test_failure_stops_and_moves_nothing(seed):
+    """The outer loss is NaN below lam = 1: the run stops there with the last good lam."""
+    inner = lambda w, lam, batch: 0.5 * (w - lam) ** 2  # noqa: E731
+    outer = lambda w, lam, batch: jnp.sqrt(w - 1.0)  # noqa: E731
+    problem = bl.Problem(inner, outer)
+    result = bl.run(problem, 2.0, 0.0, num_steps=100, chunk=10, throw=False)
+    assert result.status == bl.Status.NONFINITE and result.stopped == "status"
+    assert np.isfinite(result.lam) and np.isfinite(result.best.outer_value)
+    assert len(result.history.outer_value) < 100
+    with pytest.raises(bl.BilevelError, match="NONFINITE") as error:
+        bl.run(problem, 2.0, 0.0, num_steps=100, chunk=10)
+    assert np.isfinite(error.value.outcome.lam)
+
+
+def test_patience_tolerance_and_callback_stop(seed):
+    case = problems.make("quadratic", seed)
+    run = lambda **kw: bl.run(  # noqa: E731
+        problem_of(case), case.lam, case.w, num_steps=1000, chunk=20, outer=optax.sgd(0.2), **kw
+    )
+    assert run(outer_tol=1e-3).stopped == "outer_tol"
+    assert run(callback=lambda state, history: int(state.step) >= 40).stopped == "callback"
+    stopped = run(patience=50)
+    assert stopped.stopped == "patience" and len(stopped.history.status) < 1000
+
+
+GOOD = {"lam": jnp.ones(2), "w": jnp.zeros(3)}
+
+
+def fit(w, lam, batch):
+    return jnp.sum(w**2) * jnp.sum(lam)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "match"),
+    [
+        ({"lam": jnp.arange(2)}, TypeError, "lam must be floating point"),
+        ({"w": {"a": 1}}, TypeError, r"w\['a'\] must be a floating-point array"),
+        ({"w": {}}, ValueError, "w holds no arrays"),
+        ({"lam": jnp.zeros((0,))}, ValueError, "empty"),
+        ({"engine": "implict"}, ValueError, "engine must be one of exact, f2sa"),
+        ({"solver": "lbgfs"}, ValueError, "solver must be one of"),
+        ({"solver": 3}, TypeError, "solver must be an inner solver"),
+        ({"engine": "unrolled", "solver": "lbfgs"}, ValueError, "line search"),
+        ({"problem": 1}, TypeError, "bilevel.Problem"),
+        ({"problem": (lambda w, lam, batch: w, fit)}, ValueError, "inner loss must return"),
+        ({"problem": (fit, lambda w, lam, batch: w @ lam)}, ValueError, "outer loss failed on"),
+        ({"problem": (lambda w, lam: 0.0, fit)}, TypeError, r"must take \(w, lam, batch\)"),
+    ],
+)
+def test_bad_calls_are_refused(change, error, match):
+    losses = change.pop("problem", (fit, fit))
+    problem = bl.Problem(*losses) if isinstance(losses, tuple) else losses
+    for call in (bl.hypergradient, bl.run):
+        with pytest.raises(error, match=match):
+            arguments = GOOD | change
+            call(problem, arguments.pop("lam"), arguments.pop("w"), **arguments)
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "match"),
+    [
+        (lambda: bl.Problem(1, fit), TypeError, r"Problem\(inner=...\) must be a function"),
+        (lambda: bl.Problem(fit, fit, np.zeros((0, 3))), ValueError, "empty"),
+        (lambda: bl.Problem(fit, fit, np.array(["a"])), TypeError, "numeric"),
+        (lambda: bl.Problem(fit, fit, batch_size=2), ValueError, "no rows"),
+        (lambda: bl.Problem(fit, fit, np.ones(3), np.ones(3), batch_size=4), ValueError, "larger"),
+        (lambda: bl.Problem(fit, fit, np.ones(3), batch_size=(0, None)), ValueError, "at least 1"),
+        (lambda: bl.Implicit(damping=-1.0), ValueError, r"Implicit\(damping=...\)"),
+        (lambda: bl.F2SA(nu=0.0), ValueError, r"F2SA\(nu=...\)"),
+        (lambda: bl.LBFGS(max_steps=0), ValueError, r"LBFGS\(max_steps=...\)"),
+        (lambda: bl.CG(rtol=float("nan")), ValueError, "NaN"),
+        (lambda: bl.OptaxSolver(1), TypeError, "optax"),
+    ],
+)
+def test_bad_settings_are_refused(make, error, match):
+    with pytest.raises(error, match=match):
+        make()
+
+
+def test_throwing_inside_a_trace_names_the_way_out():
+    with pytest.raises(TypeError, match="throw=False"):
+        jax.jit(lambda lam: bl.hypergradient(bl.Problem(fit, fit), lam, jnp.zeros(3)).grad)(
+            jnp.ones(2)
+        )
+    with pytest.raises(ValueError, match="domain"):
+        bl.run(bl.Problem(fit, fit), -jnp.ones(2), jnp.ones(3), transform=bl.transforms.Exp())

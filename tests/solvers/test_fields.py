@@ -1,0 +1,186 @@
+"""Fields: what is refused, what is a leaf, what is static, and schedules."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from solvers import CG, LBFGS, GradientDescent, JaxoptSolver, Neumann, Newton, OptaxSolver
+from solvers.fields import Schedule, at_step
+from solvers.static_function import StaticFunction
+
+
+@pytest.mark.parametrize(
+    ("cls", "field", "value"),
+    [
+        (CG, "rtol", -1e-3),
+        (CG, "atol", -1.0),
+        (Neumann, "rtol", -1e-3),
+        (Neumann, "step", 0.0),
+        (GradientDescent, "learning_rate", 0.0),
+        (GradientDescent, "learning_rate", -0.1),
+        (GradientDescent, "momentum", -0.1),
+        (GradientDescent, "tol", -1e-8),
+        (LBFGS, "tol", -1e-8),
+        (Newton, "tol", jnp.asarray([1.0, -1.0])),
+        (CG, "rtol", float("nan")),
+        (Neumann, "step", float("nan")),
+        (GradientDescent, "momentum", np.float32("nan")),
+        (JaxoptSolver, "tol", float("nan")),
+        (CG, "max_steps", 0),
+        (Newton, "max_steps", -3),
+        (LBFGS, "memory", 0),
+    ],
+)
+def test_values_out_of_bounds_are_refused_by_name(cls, field, value):
+    with pytest.raises(ValueError, match=rf"{cls.__name__}\({field}=\.\.\.\)"):
+        cls(**{field: value})
+
+
+@pytest.mark.parametrize("value", [2.0, 1.5, True, False, "3"])
+@pytest.mark.parametrize(
+    ("cls", "field"), [(CG, "max_steps"), (GradientDescent, "max_steps"), (LBFGS, "memory")]
+)
+def test_integers_are_refused_as_anything_else(cls, field, value):
+    with pytest.raises(TypeError, match=rf"{cls.__name__}\({field}=\.\.\.\) must be an integer"):
+        cls(**{field: value})
+
+
+def test_optax_solver_bounds_are_checked_too():
+    with pytest.raises(ValueError, match=r"OptaxSolver\(tol=\.\.\.\)"):
+        OptaxSolver(optax.sgd(0.1), tol=-1.0)
+    with pytest.raises(TypeError, match=r"OptaxSolver\(max_steps=\.\.\.\)"):
+        OptaxSolver(optax.sgd(0.1), max_steps=2.5)
+
+
+def test_words_and_rules_that_mean_nothing_are_refused():
+    with pytest.raises(ValueError, match=r"Neumann\(step=\.\.\.\).*'fast'"):
+        Neumann(step="fast")
+    with pytest.raises(ValueError, match=r"GradientDescent\(learning_rate=\.\.\.\).*'fast'"):
+        GradientDescent(learning_rate="fast")
+    with pytest.raises(ValueError, match=r"JaxoptSolver\(name=\.\.\.\).*'NoSuch'"):
+        JaxoptSolver("NoSuch")
+    with pytest.raises(TypeError, match=r"OptaxSolver\(tx=\.\.\.\).*0\.1"):
+        OptaxSolver(0.1)
+    with pytest.raises(TypeError, match=r"OptaxSolver\(tx=\.\.\.\)"):
+        OptaxSolver()
+
+
+def test_bounds_themselves_are_accepted():
+    CG(rtol=0, atol=0, max_steps=1)
+    Neumann(max_steps=5, step=1e-30)
+    GradientDescent(momentum=0, tol=0, learning_rate=np.float32(0.5))
+
+
+def test_numbers_become_strongly_typed_leaves():
+    solver = GradientDescent(learning_rate=1, momentum=jnp.float32(0.5), tol=1e-3)
+    leaves = (solver.learning_rate, solver.momentum, solver.tol)
+    assert [leaf.dtype for leaf in leaves] == [jnp.float64, jnp.float32, jnp.float64]
+    assert not any(leaf.weak_type for leaf in leaves)
+    assert len(jax.tree.leaves(solver)) == 3
+    assert GradientDescent().learning_rate == "auto" and GradientDescent().tol is None
+
+
+def test_schedules_are_resolved_by_the_outer_step():
+    solver = Neumann(step=optax.linear_schedule(1.0, 0.5, 10), rtol=lambda k: 10.0 ** -(k + 1))
+    assert isinstance(solver.step, Schedule) and isinstance(solver.rtol, Schedule)
+    tree = {"linear": solver, "inner": [GradientDescent(learning_rate=lambda k: 0.1 * (k + 1.0))]}
+    for step, rate in [(0, 1.0), (5, 0.75), (20, 0.5)]:
+        resolved = at_step(tree, step)
+        np.testing.assert_allclose(resolved["linear"].step, rate, rtol=1e-7)
+        np.testing.assert_allclose(resolved["linear"].rtol, 10.0 ** -(step + 1), rtol=1e-6)
+        np.testing.assert_allclose(resolved["inner"][0].learning_rate, 0.1 * (step + 1), rtol=1e-7)
+        assert resolved["linear"].max_steps == solver.max_steps
+    jitted = jax.jit(lambda k: at_step(tree, k)["linear"].step)
+    np.testing.assert_allclose(jitted(5), 0.75, rtol=1e-7)
+
+
+def test_tree_without_schedules_is_left_alone():
+    solver = CG(rtol=1e-3)
+    assert eqx.tree_equal(at_step(solver, 3), solver)
+
+
+def test_sweep_over_a_number_traces_once(count_traces):
+    def work(solver, x):
+        return x * solver.learning_rate + solver.momentum
+
+    counted = count_traces(work)
+    compiled = eqx.filter_jit(lambda solver, x: counted(solver, x))
+    for rate in (0.1, 0.2, 1):
+        for momentum in (0.0, 0.9):
+            solver = GradientDescent(learning_rate=rate, momentum=momentum)
+            np.testing.assert_allclose(compiled(solver, jnp.asarray(2.0)), 2 * rate + momentum)
+    assert counted.count == 1
+    compiled(GradientDescent(learning_rate=0.1, max_steps=7), jnp.asarray(2.0))
+    assert counted.count == 2  # a static field compiles anew
+
+
+def test_sweep_over_a_number_by_vmap():
+    rates = jnp.asarray([0.1, 0.2, 0.4])
+
+    def work(rate):
+        return GradientDescent(learning_rate=rate).learning_rate * 2
+
+    np.testing.assert_allclose(jax.vmap(work)(rates), 2 * rates)
+
+
+def test_equal_schedules_and_rules_trace_once(count_traces):
+    counted = count_traces(lambda solver, x: x + 1)
+    compiled = eqx.filter_jit(lambda solver, x: counted(solver, x))
+    for _ in range(3):
+        compiled(OptaxSolver(optax.adam(1e-2)), jnp.asarray(0.0))
+        compiled(Neumann(step=optax.cosine_decay_schedule(1.0, 10)), jnp.asarray(0.0))
+    assert counted.count == 2
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: optax.adam(1e-2),
+        lambda: optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.1, momentum=0.9)),
+        lambda: optax.adam(optax.exponential_decay(1e-2, 10, 0.9)),
+    ],
+    ids=["adam", "chain", "schedule"],
+)
+def test_rules_built_alike_are_equal(build):
+    first, second = StaticFunction(build()), StaticFunction(build())
+    assert first.value is not second.value
+    assert first == second and hash(first) == hash(second)
+    assert OptaxSolver(build()) == OptaxSolver(build())
+
+
+def test_rules_that_differ_are_not_equal():
+    assert StaticFunction(optax.adam(1e-2)) != StaticFunction(optax.adam(2e-2))
+    assert StaticFunction(optax.adam(1e-2)) != StaticFunction(optax.adamw(1e-2))
+    assert StaticFunction(optax.adam(1e-2)) != StaticFunction(optax.adam(1e-2, b1=0.8))
+    assert StaticFunction(optax.adam(1e-2)) != optax.adam(1e-2)
+
+
+def test_static_function_calls_and_unwraps():
+    wrapped = StaticFunction(lambda x, y=1: x + y)
+    assert wrapped(2) == 3 and wrapped(2, y=5) == 7
+    assert StaticFunction(wrapped) == wrapped
+
+
+def test_functions_over_different_values_are_not_equal():
+    def build(value):
+        return StaticFunction(lambda x: x + value)
+
+    assert build(1) == build(1)
+    assert build(1) != build(2)
+    assert build(1) != build(1.0)  # another type computes another thing
+    array = np.ones(2)
+    assert build(array) == build(array)
+    assert build(array) != build(np.ones(2))  # arrays may change: by identity
+
+
+def test_function_that_closes_over_itself():
+    def build():
+        def recurse(n):
+            return 0 if n == 0 else recurse(n - 1)
+
+        return StaticFunction(recurse)
+
+    assert build() == build() and hash(build()) == hash(build())

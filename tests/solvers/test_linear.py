@@ -1,0 +1,359 @@
+"""The linear solvers against NumPy, and the status each kind of system earns."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from solvers import CG, Dense, Neumann, Status
+from solvers.linear.spectrum import largest_eigenvalue, ritz_values
+
+DIM = 6
+DTYPES = [jnp.float64, jnp.float32]
+CG_SOLVER = CG()
+# Both tolerances are leaves: every Neumann below with this budget shares one program per dtype.
+SOLVERS = {"cg": CG(), "neumann": Neumann(max_steps=400, rtol=1e-6), "dense": Dense()}
+
+solver_names = pytest.mark.parametrize("name", SOLVERS)
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=["float64", "float32"])
+
+
+def solve_plain(solver, matrix, b, x0):
+    def matvec(v):
+        return matrix @ v
+
+    key = jax.random.key(0)
+    state = solver.init(matvec, b, key)
+    return solver.solve(matvec, b, x0, state, key)
+
+
+def compile_quickly(fn):
+    """`eqx.filter_jit` of `fn(solver, *arrays)`, compiled fast rather than well."""
+    quick = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+
+    def whole(static, dynamic, *args):
+        return fn(eqx.combine(dynamic, static), *args)
+
+    jitted = jax.jit(whole, static_argnums=0, compiler_options=quick)
+
+    def call(solver, *args):
+        dynamic, static = eqx.partition(solver, eqx.is_array)
+        return jitted(static, dynamic, *args)
+
+    return call
+
+
+# One program for each solver and dtype: matrix, right-hand side and start are arguments.
+solve_jit = compile_quickly(solve_plain)
+solve_all = compile_quickly(
+    lambda solver, matrices, rhs: jax.vmap(
+        lambda matrix, b: solve_plain(solver, matrix, b, jnp.zeros_like(b))
+    )(matrices, rhs)
+)
+
+
+def solve(solver, matrix, b, x0=None, dtype=jnp.float64):
+    matrix, b = jnp.asarray(matrix, dtype), jnp.asarray(b, dtype)
+    x0 = jnp.zeros_like(b) if x0 is None else jnp.asarray(x0, dtype)
+    x, info = solve_jit(solver, matrix, b, x0)
+    assert x.dtype == dtype
+    assert all(field.shape == () for field in info)
+    assert info.num_steps.dtype == jnp.int32 and info.status.dtype == jnp.int32
+    return np.asarray(x), info
+
+
+def draw(seed, eigenvalues):
+    """A symmetric matrix of that spectrum, its eigenvectors and a right-hand side."""
+    rng = np.random.default_rng(seed)
+    vectors, _ = np.linalg.qr(rng.normal(size=(DIM, DIM)))
+    matrix = vectors * np.asarray(eigenvalues, float) @ vectors.T
+    return (matrix + matrix.T) / 2, vectors, rng.normal(size=DIM)
+
+
+SPD = [0.5, 0.8, 1.0, 1.7, 2.5, 3.0]
+SINGULAR = [0.0, 0.0, 0.7, 1.0, 2.0, 3.0]
+INDEFINITE = [-1.5, -0.5, 0.7, 1.0, 2.0, 3.0]
+
+
+def true_residual(matrix, b, x, dtype=np.float64):
+    """In the precision of the solver's data, but computed in float64."""
+    matrix, b = np.asarray(matrix, dtype).astype(float), np.asarray(b, dtype).astype(float)
+    return np.linalg.norm(b - matrix @ x.astype(float)) / np.linalg.norm(b)
+
+
+@dtypes
+@solver_names
+def test_definite_system_matches_numpy(name, dtype, seed):
+    matrix, _, b = draw(seed, SPD)
+    x, info = solve(SOLVERS[name], matrix, b, dtype=dtype)
+    goal = {"cg": 1e-9, "neumann": 1e-5, "dense": 1e-12} if dtype == jnp.float64 else {}
+    np.testing.assert_allclose(
+        x, np.linalg.solve(matrix, b), rtol=0, atol=20 * goal.get(name, 1e-5)
+    )
+    assert info.status == Status.OK
+    bound = {"cg": 1e-10, "neumann": 1e-6, "dense": 1e-13} if dtype == jnp.float64 else {}
+    assert info.residual <= bound.get(name, 1e-5)
+    if name == "cg":
+        assert 0 < info.num_steps <= (DIM + 1 if dtype == jnp.float64 else 2 * DIM)
+
+
+@dtypes
+@solver_names
+def test_reported_residual_is_the_true_one(name, dtype, seed):
+    matrix, _, b = draw(seed, SPD)
+    x, info = solve(SOLVERS[name], matrix, b, dtype=dtype)
+    eps = float(jnp.finfo(dtype).eps)
+    expected = true_residual(matrix, b, x, dtype)
+    np.testing.assert_allclose(info.residual, expected, rtol=1e-6, atol=50 * eps)
+
+
+@pytest.mark.parametrize("solver", [CG(max_steps=2), Neumann(max_steps=2)], ids=["cg", "neumann"])
+def test_residual_of_an_unfinished_solve_is_the_true_one(solver, seed):
+    matrix, _, b = draw(seed, SPD)
+    x, info = solve(solver, matrix, b)
+    assert info.num_steps == 2 and info.residual > 1e-4
+    np.testing.assert_allclose(info.residual, true_residual(matrix, b, x), rtol=1e-10)
+
+
+@dtypes
+def test_isotropic_system_takes_one_step_of_cg(dtype, seed):
+    _, _, b = draw(seed, SPD)
+    x, info = solve(CG_SOLVER, 3.0 * np.eye(DIM), b, dtype=dtype)
+    assert info.num_steps == 1 and info.status == Status.OK
+    np.testing.assert_allclose(x, b / 3, rtol=10 * float(jnp.finfo(dtype).eps))
+    np.testing.assert_allclose(info.curvature, 3.0, rtol=10 * float(jnp.finfo(dtype).eps))
+
+
+@dtypes
+@solver_names
+def test_zero_right_hand_side(name, dtype, seed):
+    matrix, _, start = draw(seed, SPD)
+    x, info = solve(SOLVERS[name], matrix, np.zeros(DIM), start, dtype=dtype)
+    assert info.status == Status.OK and info.num_steps == 0 and info.residual == 0
+    np.testing.assert_array_equal(x, 0)
+
+
+@dtypes
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@solver_names
+def test_nonfinite_right_hand_side(name, bad, dtype, seed):
+    matrix, _, b = draw(seed, SPD)
+    b[2] = bad
+    _, info = solve(SOLVERS[name], matrix, b, dtype=dtype)
+    assert info.status == Status.NONFINITE
+
+
+@solver_names
+def test_nonfinite_matrix(name, seed):
+    matrix, _, b = draw(seed, SPD)
+    matrix[1, 1] = np.nan
+    _, info = solve(SOLVERS[name], matrix, b)
+    assert info.status == Status.NONFINITE
+
+
+@dtypes
+@solver_names
+def test_indefinite_system(name, dtype, seed):
+    matrix, vectors, _ = draw(seed, INDEFINITE)
+    _, info = solve(SOLVERS[name], matrix, vectors @ np.ones(DIM), dtype=dtype)
+    assert info.status == Status.INDEFINITE
+    assert info.curvature < 0
+    assert info.curvature >= INDEFINITE[0] - 1e-4
+
+
+@dtypes
+@solver_names
+def test_singular_but_consistent_system(name, dtype, seed):
+    matrix, _, z = draw(seed, SINGULAR)
+    b = matrix @ z
+    x, info = solve(SOLVERS[name], matrix, b, dtype=dtype)
+    assert info.status == Status.OK
+    # From a zero start all three give the solution of least norm.
+    atol = {"cg": 1e-8, "neumann": 1e-4, "dense": 1e-11}[name] if dtype == jnp.float64 else 1e-3
+    np.testing.assert_allclose(x, np.linalg.pinv(matrix) @ b, rtol=0, atol=atol)
+
+
+@dtypes
+@solver_names
+def test_right_hand_side_outside_the_range(name, dtype, seed):
+    matrix, vectors, _ = draw(seed, SINGULAR)
+    _, info = solve(SOLVERS[name], matrix, vectors @ np.ones(DIM), dtype=dtype)
+    assert float(info.residual) >= 0.9 * np.sqrt(2 / DIM)
+    assert info.status == Status.BREAKDOWN
+
+
+def test_neumann_step_too_long_diverges(seed):
+    matrix, _, b = draw(seed, SPD)
+    x, info = solve(Neumann(max_steps=400, step=3 / max(SPD)), matrix, b)
+    assert info.status == Status.DIVERGED
+    assert info.num_steps < 100 and np.isfinite(x).all()
+
+
+def test_neumann_given_step_below_the_limit_converges(seed):
+    matrix, _, b = draw(seed, SPD)
+    x, info = solve(Neumann(max_steps=400, step=1.9 / max(SPD)), matrix, b)
+    assert info.status == Status.OK and info.num_steps == 400
+    np.testing.assert_allclose(x, np.linalg.solve(matrix, b), rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("terms", [1, 7])
+def test_neumann_is_the_truncated_series(terms, seed):
+    matrix, _, b = draw(seed, SPD)
+    x, info = solve(Neumann(max_steps=terms), matrix, b)
+    step = 1 / (1.05 * np.linalg.eigvalsh(matrix)[-1])  # Lanczos is exact in six dimensions
+    term, series = b.copy(), np.zeros(DIM)
+    for _ in range(terms):
+        series += step * term
+        term = term - step * matrix @ term
+    np.testing.assert_allclose(x, series, rtol=1e-11, atol=1e-13)
+    assert info.num_steps == terms and info.status == Status.OK
+    np.testing.assert_allclose(info.residual, np.linalg.norm(term) / np.linalg.norm(b), rtol=1e-9)
+
+
+@dtypes
+def test_cg_from_the_solution_takes_no_step(dtype, seed):
+    matrix, _, b = draw(seed, SPD)
+    solution, _ = solve(CG_SOLVER, matrix, b, dtype=dtype)
+    x, info = solve(CG_SOLVER, matrix, b, solution, dtype=dtype)
+    assert info.num_steps == 0 and info.status == Status.OK
+    assert np.isnan(info.curvature)  # no direction was tried
+    np.testing.assert_array_equal(x, solution)
+
+
+def test_cg_from_another_start_finds_the_solution(seed):
+    matrix, _, b = draw(seed, SPD)
+    x, info = solve(CG_SOLVER, matrix, b, 100 * b[::-1])
+    assert info.status == Status.OK
+    np.testing.assert_allclose(x, np.linalg.solve(matrix, b), rtol=0, atol=1e-8)
+
+
+def test_preconditioner_saves_steps(seed):
+    diagonal = np.logspace(0, 5, 40)
+    b = np.random.default_rng(seed).normal(size=40)
+    plain, without = solve(CG_SOLVER, np.diag(diagonal), b)
+    scaled, with_it = solve(CG(preconditioner=lambda r: r / diagonal), np.diag(diagonal), b)
+    assert without.status == Status.OK and with_it.status == Status.OK
+    assert with_it.num_steps <= 2 < 20 < without.num_steps
+    np.testing.assert_allclose(plain, b / diagonal, rtol=0, atol=1e-8)
+    np.testing.assert_allclose(scaled, b / diagonal, rtol=0, atol=1e-8)
+
+
+@pytest.mark.parametrize(
+    "solver", [CG(max_steps=2), Neumann(max_steps=2, rtol=1e-6)], ids=["cg", "neumann"]
+)
+def test_budget_too_small(solver, seed):
+    matrix, _, b = draw(seed, SPD)
+    _, info = solve(solver, matrix, b)
+    assert info.status == Status.MAX_STEPS and info.num_steps == 2
+
+
+@pytest.mark.parametrize(
+    "solver", [CG(max_steps=2, rtol=0), Neumann(max_steps=2)], ids=["cg", "neumann"]
+)
+def test_zero_tolerances_ask_for_the_whole_budget(solver, seed):
+    matrix, _, b = draw(seed, SPD)
+    _, info = solve(solver, matrix, b)
+    assert info.status == Status.OK and info.num_steps == 2
+
+
+def test_atol_stops_early(seed):
+    matrix, _, b = draw(seed, SPD)
+    x, info = solve(CG(atol=0.3), matrix, b / np.linalg.norm(b))
+    assert info.status == Status.OK and 0 < info.num_steps < DIM
+    assert 1e-6 < true_residual(matrix, b / np.linalg.norm(b), x) <= 0.3
+
+
+@dtypes
+@pytest.mark.parametrize("eigenvalues", [SPD, SINGULAR, INDEFINITE], ids=["spd", "psd", "indef"])
+def test_curvature_of_dense_is_the_smallest_eigenvalue(eigenvalues, dtype, seed):
+    matrix, _, b = draw(seed, eigenvalues)
+    _, info = solve(SOLVERS["dense"], matrix, b, dtype=dtype)
+    np.testing.assert_allclose(
+        info.curvature, eigenvalues[0], rtol=0, atol=50 * float(jnp.finfo(dtype).eps)
+    )
+
+
+@pytest.mark.parametrize("name", ["cg", "neumann"])
+def test_curvature_lies_in_the_spectrum(name, seed):
+    matrix, _, b = draw(seed, SPD)
+    _, info = solve(SOLVERS[name], matrix, b)
+    assert SPD[0] - 1e-9 <= info.curvature <= SPD[-1]
+
+
+@solver_names
+def test_vmap_over_matrices_equals_the_loop(name, seed):
+    spectra = [SPD, SINGULAR, INDEFINITE, [2.0] * DIM]
+    drawn = [draw(seed + i, spectrum) for i, spectrum in enumerate(spectra)]
+    matrices = np.stack([matrix for matrix, _, _ in drawn])
+    rhs = np.stack([vectors @ np.ones(DIM) for _, vectors, _ in drawn])
+    solver = SOLVERS[name]
+    xs, infos = solve_all(solver, jnp.asarray(matrices), jnp.asarray(rhs))
+    expected = [Status.OK, Status.BREAKDOWN, Status.INDEFINITE, Status.OK]
+    assert infos.status.tolist() == expected
+    for i, (matrix, b) in enumerate(zip(matrices, rhs, strict=True)):
+        x, info = solve(solver, matrix, b)
+        assert info.status == infos.status[i]
+        if expected[i] == Status.OK:
+            assert abs(int(info.num_steps) - int(infos.num_steps[i])) <= 1
+            np.testing.assert_allclose(xs[i], x, rtol=0, atol=1e-8)
+            np.testing.assert_allclose(infos.curvature[i], info.curvature, rtol=1e-8)
+
+
+@solver_names
+def test_tree_of_two_precisions(name, seed):
+    matrix, _, b = draw(seed, SPD)
+    matrix = jnp.asarray(matrix)
+    rhs = {"a": jnp.asarray(b[:4]), "b": (jnp.asarray(b[4:], jnp.float32),)}
+
+    def matvec(v):
+        image = matrix @ jnp.concatenate([v["a"], v["b"][0].astype(jnp.float64)])
+        return {"a": image[:4], "b": (image[4:].astype(jnp.float32),)}
+
+    @compile_quickly
+    def run(solver, rhs):
+        key = jax.random.key(0)
+        x0 = jax.tree.map(jnp.zeros_like, rhs)
+        return solver.solve(matvec, rhs, x0, solver.init(matvec, rhs, key), key)
+
+    x, info = run(SOLVERS[name], rhs)
+    assert info.status == Status.OK
+    assert x["a"].dtype == jnp.float64 and x["b"][0].dtype == jnp.float32
+    flat = np.concatenate([x["a"], x["b"][0]])
+    np.testing.assert_allclose(flat, np.linalg.solve(matrix, b), rtol=0, atol=1e-4)
+
+
+ritz = jax.jit(
+    lambda matrix, key: ritz_values(lambda v: matrix @ v, jnp.zeros(matrix.shape[0]), key)
+)
+
+
+def test_ritz_values_of_a_small_matrix_are_its_eigenvalues(key, seed):
+    for eigenvalues in (SPD, INDEFINITE):
+        matrix, _, _ = draw(seed, eigenvalues)
+        values = ritz(jnp.asarray(matrix), key)
+        np.testing.assert_allclose(values, np.linalg.eigvalsh(matrix), rtol=0, atol=1e-9)
+
+
+def test_ritz_values_of_a_krylov_space_that_ends_early(key, seed):
+    matrix, _, _ = draw(seed, [1.0, 1.0, 1.0, 4.0, 4.0, 4.0])
+    values = np.asarray(ritz(jnp.asarray(matrix), key))
+    np.testing.assert_allclose([values[0], values[-1]], [1.0, 4.0], rtol=1e-10)
+    assert values.shape == (DIM,)
+
+
+def test_ritz_values_of_a_large_matrix_lie_inside_the_spectrum(key, seed):
+    rng = np.random.default_rng(seed)
+    factor = rng.normal(size=(60, 60))
+    matrix = factor @ factor.T / 60
+    eigenvalues = np.linalg.eigvalsh(matrix)
+    values = np.asarray(ritz(jnp.asarray(matrix), key))
+    assert values.shape == (12,) and (np.diff(values) >= 0).all()
+    assert eigenvalues[0] - 1e-12 <= values[0]
+    assert eigenvalues[-1] / 1.05 <= values[-1] <= eigenvalues[-1] * (1 + 1e-12)
+
+
+def test_largest_eigenvalue_is_a_magnitude(key):
+    diagonal = jnp.asarray([-5.0, 1.0, 2.0])
+    value = jax.jit(lambda k: largest_eigenvalue(lambda v: diagonal * v, jnp.zeros(3), k))(key)
+    np.testing.assert_allclose(value, 5.0, rtol=1e-10)
