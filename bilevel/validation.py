@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from bilevel.problem import Problem
 from hypergrad import ENGINES, AbstractEngine, BilevelProblem
 from hypergrad.base import Solver
 from solvers import SOLVERS, AbstractInnerSolver
@@ -88,7 +89,7 @@ def solver(value: Any, engine: AbstractEngine, problem: BilevelProblem) -> Solve
 
 
 def problem(value: Any) -> BilevelProblem:
-    if not isinstance(value, BilevelProblem):
+    if not isinstance(value, Problem) and not isinstance(value, BilevelProblem):
         raise TypeError(f"problem must be a bilevel.Problem, got {type(value).__name__}.")
     return value
 
@@ -96,8 +97,14 @@ def problem(value: Any) -> BilevelProblem:
 def losses(problem: BilevelProblem, w: Any, lam: Any) -> None:
     """Both losses must take these shapes and give a floating-point scalar. Cached by loss and shapes."""
     key = jax.random.key(0)
-    inner_batch = eqx.filter_eval_shape(lambda p, k: p.inner_sampler(k)(0), problem, key)
-    outer_batch = eqx.filter_eval_shape(lambda p, k: p.outer_batch(k), problem, key)
+    if isinstance(problem, Problem) and problem.batch_size == (None, None):
+        inner_batch, outer_batch = (
+            problem.inner_data,
+            problem.outer_data,
+        )  # the common case: no trace
+    else:
+        inner_batch = eqx.filter_eval_shape(lambda p, k: p.inner_sampler(k)(0), problem, key)
+        outer_batch = eqx.filter_eval_shape(lambda p, k: p.outer_batch(k), problem, key)
     for name, batch in (("inner", inner_batch), ("outer", outer_batch)):
         leaves, treedef = jax.tree.flatten((w, lam, batch))
         shapes = tuple((leaf.shape, str(leaf.dtype)) for leaf in leaves)

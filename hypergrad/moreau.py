@@ -72,7 +72,7 @@ class Moreau(AbstractEngine):
     loop over any inner solver instead of single gradient steps; the fixed point is the same.
     """
 
-    c: Number = number(300.0, low=0.0, strict=True)
+    c: Number = number(1000.0, low=0.0, strict=True)
     gamma: Number | str = number("auto", low=0.0, strict=True)
     max_sweeps: int = static(50, low=1)
     estimate: bool | None = static(None)

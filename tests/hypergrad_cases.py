@@ -28,12 +28,8 @@ CASES = {
     "implicit-neumann": EngineCase(bl.Implicit(bl.Neumann(max_steps=1500)), EXACT_LBFGS, 1e-6),
     "unrolled": EngineCase(bl.Unrolled(), LONG_GD, 1e-6),
     "unrolled-truncated": EngineCase(bl.Unrolled(truncate=400), LONG_GD, 1e-5),
-    "onestep": EngineCase(
-        bl.OneStep(), EXACT_LBFGS, 1.0, ({"step_size": 0.1}, {"step_size": 0.2})
-    ),
+    "onestep": EngineCase(bl.OneStep(), EXACT_LBFGS, 1.0, ({"step_size": 0.1}, {"step_size": 0.2})),
     "f2sa": EngineCase(bl.F2SA(nu=1e-3), EXACT_LBFGS, 1e-4, ({"nu": 1e-3}, {"nu": 2e-3})),
     "f2sa-1": EngineCase(bl.F2SA(nu=1e-4, order=1), EXACT_LBFGS, 1e-2),
-    "moreau": EngineCase(
-        bl.Moreau(c=1e4), EXACT_LBFGS, 1e-2, ({"c": 100.0}, {"c": 200.0})
-    ),
+    "moreau": EngineCase(bl.Moreau(c=1e4), EXACT_LBFGS, 1e-2, ({"c": 100.0}, {"c": 200.0})),
 }

@@ -85,5 +85,7 @@ def accept_fixed_budget(info: LinearInfo, rtol: Number | None, atol: Number | No
     """With both tolerances zero the step budget is what was asked for: MAX_STEPS becomes OK."""
     if rtol is None or atol is None:
         return info
-    accepted = (jnp.asarray(rtol) == 0) & (jnp.asarray(atol) == 0) & (info.status == Status.MAX_STEPS)
+    accepted = (
+        (jnp.asarray(rtol) == 0) & (jnp.asarray(atol) == 0) & (info.status == Status.MAX_STEPS)
+    )
     return info._replace(status=jnp.where(accepted, jnp.int32(Status.OK), info.status))

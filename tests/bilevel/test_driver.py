@@ -30,9 +30,11 @@ def test_defaults_reach_the_optimum(engine, tol, seed):
 def test_constant_penalty_ends_at_its_own_fixed_point(seed):
     case = problems.make("quadratic", seed)
     kwargs = {"num_steps": 1500, "outer": optax.sgd(0.2), "solver": bl.LBFGS(300, tol=1e-11)}
-    run = lambda engine: bl.run(  # noqa: E731
-        problem_of(case), case.lam, case.w, engine=engine, throw=False, **kwargs
-    ).lam
+    run = lambda engine: (
+        bl.run(  # noqa: E731
+            problem_of(case), case.lam, case.w, engine=engine, throw=False, **kwargs
+        ).lam
+    )
     np.testing.assert_allclose(
         run(bl.F2SA(nu=0.05, order=2)), case.central_optimum(0.05), rtol=1e-6
     )
@@ -78,9 +80,7 @@ def test_transform_projection_schedule_best_and_history(seed):
     assert abs(float(result.lam["a"]) - 0.2) < 1e-2
     assert result.history.outer_value.shape == (200,)
     assert float(result.best.outer_value) == result.history.outer_value.min()
-    boxed = bl.Problem(
-        inner, outer, outer_projection=lambda lam: {"a": jnp.maximum(lam["a"], 1.0)}
-    )
+    boxed = bl.Problem(inner, outer, outer_projection=lambda lam: {"a": jnp.maximum(lam["a"], 1.0)})
     assert float(bl.run(boxed, {"a": 5.0}, 0.0, num_steps=200).lam["a"]) == 1.0
 
 

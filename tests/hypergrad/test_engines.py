@@ -8,12 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import problems
 import pytest
+from hypergrad_cases import CASES, EXACT_LBFGS
 
 import bilevel as bl
 from hypergrad.registry import ENGINES
 from solvers import tree
-
-from hypergrad_cases import CASES, EXACT_LBFGS
 
 NAMES = sorted(CASES)
 
@@ -161,9 +160,7 @@ def test_statuses_at_a_stationary_point(kind, linear, seed):
     )
     assert bl.Status(int(h.info.status)).name == case.status
     if case.status == "OK":
-        np.testing.assert_allclose(
-            h.grad, case.hypergradient(case.lam), rtol=1e-8, atol=1e-12
-        )
+        np.testing.assert_allclose(h.grad, case.hypergradient(case.lam), rtol=1e-8, atol=1e-12)
 
 
 def test_zero_right_hand_side_takes_no_steps():
@@ -176,9 +173,7 @@ def test_negative_curvature_that_the_outer_gradient_does_not_see():
     """c = (1, 0) in the positive eigenvector of H = diag(1, -1): CG alone would be content."""
     inner = lambda w, lam, batch: 0.5 * (w[0] ** 2 - w[1] ** 2) - lam[0] * w[0]  # noqa: E731
     outer = lambda w, lam, batch: w[0]  # noqa: E731
-    h = bl.hypergradient(
-        bl.Problem(inner, outer), jnp.array([0.0]), jnp.zeros(2), throw=False
-    )
+    h = bl.hypergradient(bl.Problem(inner, outer), jnp.array([0.0]), jnp.zeros(2), throw=False)
     assert int(h.info.status) == bl.Status.INDEFINITE
 
 
@@ -244,9 +239,7 @@ def test_truncation_is_the_neumann_series(seed):
     w = jnp.asarray(case.solution(case.lam))
     problem = problem_of(case)
     gd = bl.GradientDescent(learning_rate=0.3, max_steps=K + 5)
-    unrolled = bl.hypergradient(
-        problem, case.lam, w, engine=bl.Unrolled(truncate=K), solver=gd
-    )
+    unrolled = bl.hypergradient(problem, case.lam, w, engine=bl.Unrolled(truncate=K), solver=gd)
     series = bl.hypergradient(
         problem, case.lam, w, engine=bl.Implicit(bl.Neumann(max_steps=K, step=0.3)), solver=gd
     )
@@ -255,9 +248,11 @@ def test_truncation_is_the_neumann_series(seed):
 
 def test_penalised_hypergradients_match_their_own_closed_forms(seed):
     case = problems.make("quadratic", seed)
-    call = lambda engine: bl.hypergradient(  # noqa: E731
-        problem_of(case), case.lam, case.w, engine=engine, solver=EXACT_LBFGS
-    ).grad
+    call = lambda engine: (
+        bl.hypergradient(  # noqa: E731
+            problem_of(case), case.lam, case.w, engine=engine, solver=EXACT_LBFGS
+        ).grad
+    )
     np.testing.assert_allclose(
         call(bl.F2SA(nu=0.02, order=1)), case.penalised_gradient(case.lam, 50.0), rtol=1e-6
     )
@@ -295,9 +290,11 @@ def test_minibatches_are_unbiased_in_the_mean_and_repeatable(seed):
     case = problems.make("quadratic", seed)
     problem = problem_of(case, batch_size=(None, 4))
     call = eqx.filter_jit(
-        lambda key: bl.hypergradient(
-            problem, case.lam, case.w, solver=EXACT_LBFGS, key=key, throw=False
-        ).grad
+        lambda key: (
+            bl.hypergradient(
+                problem, case.lam, case.w, solver=EXACT_LBFGS, key=key, throw=False
+            ).grad
+        )
     )
     keys = jax.random.split(jax.random.key(seed), 300)
     draws = jax.vmap(call)(keys)

@@ -1,0 +1,175 @@
+"""The commands end to end: the bars they must clear, and what they leave on disk."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from bilevel import cli
+from bilevel.tuning import tune
+from bilevel.tuning.clean import KEEP, f1, optimise
+from bilevel.tuning.clean_fits import baselines, raw_model
+from bilevel.tuning.clean_rows import Rows
+from bilevel.tuning.data import load_table
+from bilevel.tuning.splits import clean_split, flip_labels, tune_split
+
+
+def quiet(_: str) -> None:
+    pass
+
+
+@pytest.mark.parametrize("name", ["breast_cancer", "diabetes", "digits", "wine"])
+def test_tuned_penalty_is_within_one_percent_of_a_fine_grid(name):
+    table = load_table(name, None)
+    folds = tune.Folds(table, tune_split(table, 5, 0.25, 0))
+    tuned = tune.optimise(folds, "implicit", quiet)
+    # Digits is the slow one: a third of the points, where the curve is not flat.
+    grid = np.geomspace(1e-5, 1e-1, 13) if name == "digits" else np.geomspace(*tune.BOUNDS, 60)
+    values, _ = folds.curve(grid)
+    assert tuned.cv_loss <= 1.01 * values.min()
+    assert tuned.status == 0
+
+
+@pytest.mark.parametrize("engine", ["unrolled", "f2sa", "moreau", "onestep"])
+def test_every_engine_tunes(engine):
+    table = load_table("wine", None)
+    folds = tune.Folds(table, tune_split(table, 5, 0.25, 0))
+    tuned = tune.optimise(folds, engine, quiet)
+    assert tuned.cv_loss <= 1.01 * folds.curve(np.geomspace(1e-4, 1, 30))[0].min()
+
+
+def cleaning(seed: int):
+    table = load_table("digits", None)
+    split = clean_split(table, 100, 1000, seed)
+    truth = table.y[split.train]
+    labels, wrong = flip_labels(truth, 10, 0.5, seed)
+    assert wrong.sum() == 500
+    rows = Rows(table, split, labels, seed)
+
+    def accuracy(fit):
+        model = raw_model(rows, fit)
+        predicted = (table.X[split.test] @ model["coef"] + model["intercept"]).argmax(axis=1)
+        return np.mean(predicted == table.y[split.test])
+
+    return rows, wrong, truth, accuracy
+
+
+def test_cleaning_beats_honest_baselines_with_two_engine_families():
+    found = {name: [] for name in ("noisy", "trusted", "pooled", "oracle", "implicit", "f2sa")}
+    kept = {"implicit": [], "f2sa": []}
+    with jax.enable_x64(False):
+        for seed in range(5):
+            rows, wrong, truth, accuracy = cleaning(seed)
+            for name, fit in baselines(rows, truth).items():
+                found[name].append(accuracy(fit))
+            for engine in kept:
+                cleaned = optimise(rows, engine, quiet)
+                found[engine].append(accuracy(cleaned.fit))
+                kept[engine].append(f1(cleaned.weights > KEEP, ~wrong))
+    mean = {name: float(np.mean(values)) for name, values in found.items()}
+    print(mean)
+    assert mean["oracle"] > 0.95
+    for engine, values in kept.items():
+        assert mean[engine] >= 0.915
+        assert mean[engine] >= max(mean["noisy"], mean["trusted"]) + 0.015
+        assert mean[engine] >= mean["pooled"] + 0.01
+        assert np.mean(values) >= 0.88
+
+
+@pytest.mark.parametrize("engine", ["unrolled", "moreau"])
+def test_the_other_engines_clean(engine):
+    with jax.enable_x64(False):
+        rows, wrong, _, accuracy = cleaning(1)
+        cleaned = optimise(rows, engine, quiet)
+        assert accuracy(cleaned.fit) >= 0.91
+        assert f1(cleaned.weights > KEEP, ~wrong) >= 0.88
+
+
+REQUIRED = {
+    "command",
+    "data",
+    "seed",
+    "versions",
+    "seconds",
+    "status",
+    "hyperparameters",
+    "cv_loss",
+    "test_loss",
+    "baselines",
+}
+
+
+def run(line: str, out, capsys) -> tuple[dict, dict, str]:
+    x64 = jax.config.jax_enable_x64
+    assert cli.main([*line.split(), "--out", str(out)]) == 0
+    assert jax.config.jax_enable_x64 == x64
+    captured = capsys.readouterr()
+    result = json.loads((out / "result.json").read_text(), parse_constant=pytest.fail)
+    assert set(result) >= REQUIRED
+    assert set(result["seconds"]) == {"cold", "warm"}
+    with np.load(out / "model.npz", allow_pickle=False) as model:
+        return result, dict(model), captured.out
+
+
+def test_tune_command(tmp_path, capsys):
+    table = load_table("wine", None)
+    lines = [",".join(f"f{i}" for i in range(13)) + ",kind"]
+    for row, y in zip(table.X, table.y, strict=True):
+        lines.append(",".join(map(repr, row.tolist())) + f",{'abc'[y]}")
+    path = tmp_path / "wine.csv"
+    path.write_text("\n".join(lines))
+    result, model, text = run(f"tune {path} --target kind --folds 4", tmp_path / "out", capsys)
+    assert result["command"] == "tune"
+    assert set(result["baselines"]) == {"untuned", "sklearn", "single"}
+    for scores in result["baselines"].values():
+        assert {"cv_loss", "test_loss", "test_accuracy"} <= set(scores)
+    assert result["cv_loss"] <= 1.01 * result["baselines"]["single"]["cv_loss"]
+    assert "grid of 60 penalties" in text
+    rows = model["test_rows"]
+    predicted = model["classes"][(table.X[rows] @ model["coef"] + model["intercept"]).argmax(1)]
+    true = np.asarray(list("abc"))[table.y[rows]]
+    assert np.mean(predicted == true) == result["test_accuracy"]
+
+    # The same command again: refused, then with --force the same numbers.
+    assert cli.main(["tune", str(path), "--target", "kind", "--out", str(tmp_path / "out")]) == 2
+    capsys.readouterr()
+    line = f"tune {path} --target kind --folds 4 --force"
+    again, model_again, _ = run(line, tmp_path / "out", capsys)
+    assert again["hyperparameters"] == result["hyperparameters"]
+    np.testing.assert_array_equal(model["coef"], model_again["coef"])
+
+
+def test_tune_command_for_regression(tmp_path, capsys):
+    result, model, text = run("tune diabetes --seed 1", tmp_path / "out", capsys)
+    table = load_table("diabetes", None)
+    rows = model["test_rows"]
+    predicted = (table.X[rows] @ model["coef"] + model["intercept"])[:, 0]
+    error = np.mean((predicted - table.y[rows]) ** 2)
+    np.testing.assert_allclose(error / 2, result["test_loss"])
+    np.testing.assert_allclose(1 - error / np.var(table.y[rows]), result["test_r2"])
+    assert "test R2" in text
+    assert result["baselines"]["sklearn"]["test_r2"] == pytest.approx(result["test_r2"], abs=0.02)
+
+
+def test_clean_command(tmp_path, capsys):
+    line = "clean wine --trusted 24 --seed 2"
+    result, model, text = run(f"{line} --flip 0.3", tmp_path / "flip", capsys)
+    assert set(result["baselines"]) == {"noisy", "trusted", "pooled", "oracle"}
+    kept, flipped = model["kept"], model["flipped"]
+    np.testing.assert_array_equal(kept, model["weights"] > KEEP)
+    assert result["f1_kept"] == f1(kept, ~flipped)
+    assert result["f1_thrown"] == f1(~kept, flipped)
+    assert "F1 of the kept" in text
+    table = load_table("wine", None)
+    np.testing.assert_array_equal(model["labels"] != table.y[model["train_rows"]], flipped)
+    f = table.X[model["test_rows"]] @ model["coef"] + model["intercept"]
+    accuracy = np.mean(f.argmax(axis=1) == table.y[model["test_rows"]])
+    assert accuracy == result["test_accuracy"]
+
+    result, model, text = run(line, tmp_path / "plain", capsys)
+    assert result["f1_kept"] is None
+    assert result["f1_thrown"] is None
+    assert "oracle" not in result["baselines"]
+    assert "F1" not in text
+    assert not model["flipped"].any()
