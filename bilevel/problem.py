@@ -39,9 +39,7 @@ class Problem(eqx.Module):
     outer: Loss = eqx.field(static=True)
     inner_data: Any = None
     outer_data: Any = None
-    batch_size: tuple[int | None, int | None] = eqx.field(
-        static=True, default=(None, None), kw_only=True, converter=lambda b: _pair(b)
-    )
+    batch_size: Any = eqx.field(static=True, default=(None, None), kw_only=True)
     inner_init: Callable[[Tree, Any], Tree] | None = eqx.field(
         static=True, default=None, kw_only=True
     )
@@ -63,6 +61,7 @@ class Problem(eqx.Module):
             value = getattr(self, name)
             if value is not None and not callable(value):
                 raise TypeError(f"Problem({name}=...) must be a function or None, got {value!r}.")
+        self.batch_size = _pair(self.batch_size)
         self.inner_data = _arrays("inner_data", self.inner_data)
         self.outer_data = _arrays("outer_data", self.outer_data)
         levels = zip(("inner_data", "outer_data"), self.batch_size, strict=True)
@@ -84,9 +83,7 @@ class Problem(eqx.Module):
         if size is None:
             return constant_sampler(self.inner_data)
         level = jax.random.fold_in(key, 0)
-        draw = lambda step: minibatch(  # noqa: E731
-            self.inner_data, size, jax.random.fold_in(level, step)
-        )
+        draw = lambda step: minibatch(self.inner_data, size, jax.random.fold_in(level, step))
         return Sampler(draw, varies=True)
 
     def outer_batch(self, key: Array) -> Any:

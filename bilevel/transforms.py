@@ -64,7 +64,7 @@ class Sigmoid(AbstractTransform):
 
 def broadcast(transform: Any, lam: Any) -> Any:
     """One transform for each leaf of `lam`, from a prefix tree of transforms (None is identity)."""
-    is_leaf = lambda t: t is None or isinstance(t, AbstractTransform)  # noqa: E731
+    is_leaf = lambda t: t is None or isinstance(t, AbstractTransform)
 
     def fill(t: Any, subtree: Any) -> Any:
         if t is not None and not isinstance(t, AbstractTransform):
@@ -83,7 +83,7 @@ def broadcast(transform: Any, lam: Any) -> Any:
 
 
 def _apply(method: str, transform: Any, tree: Any) -> Any:
-    is_leaf = lambda t: isinstance(t, AbstractTransform)  # noqa: E731
+    is_leaf = lambda t: isinstance(t, AbstractTransform)
     return jax.tree.map(lambda t, x: getattr(t, method)(x), transform, tree, is_leaf=is_leaf)
 
 

@@ -41,7 +41,7 @@ def cross_vjp(
     q: Tree,
 ) -> Tree:
     """`C q`: the derivative in lam of the optimality map at `w`, transposed, times `q`."""
-    optimality: Callable[[Tree], Tree] = lambda l: solver.optimality(  # noqa: E731
+    optimality: Callable[[Tree], Tree] = lambda l: solver.optimality(
         problem.inner_objective(l), w, batch
     )
     _, vjp = jax.vjp(optimality, lam)

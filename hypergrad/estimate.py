@@ -50,7 +50,7 @@ def assess(
     """
     w, grad = hypergradient.w, hypergradient.grad
     objective = problem.inner_objective(lam)
-    gradient = lambda u: jax.grad(objective)(u, inner_batch)  # noqa: E731
+    gradient = lambda u: jax.grad(objective)(u, inner_batch)
     cg = CG()
 
     residual, hvp = jax.linearize(gradient, w)

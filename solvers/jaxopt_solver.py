@@ -49,7 +49,7 @@ class JaxoptSolver(AbstractInnerSolver):
     ) -> tuple[Tree, "_State"]:
         with _relaxed():
             new_w, inner = self._solver(objective).update(w, state.inner, batch)
-        keep = lambda value, like: jnp.asarray(value, jnp.result_type(like))  # noqa: E731
+        keep = lambda value, like: jnp.asarray(value, jnp.result_type(like))
         new_w = jax.tree.map(keep, new_w, w)
         inner = jax.tree.map(keep, inner, state.inner)
         return new_w, _State(inner, tree.norm(jax.grad(objective)(new_w, batch)))

@@ -81,7 +81,7 @@ def optax_update(
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         updates, new = rule.update(gradient, state, w, **extra)
         new_w = optax.apply_updates(w, updates)
-    keep = lambda value, like: jnp.asarray(value, jnp.result_type(like))  # noqa: E731
+    keep = lambda value, like: jnp.asarray(value, jnp.result_type(like))
     return jax.tree.map(keep, new_w, w), jax.tree.map(keep, new, state)
 
 

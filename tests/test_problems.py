@@ -82,7 +82,7 @@ def test_hessian_product(name, key):
     case = problems.make(name)
     keys = jax.random.split(key)
     w, v = (jax.random.normal(key, case.w.shape) for key in keys)
-    gradient = lambda w: jax.grad(case.inner)(w, case.lam, case.inner_data)  # noqa: E731
+    gradient = lambda w: jax.grad(case.inner)(w, case.lam, case.inner_data)
     expected = jax.jit(lambda w, v: jax.jvp(gradient, (w,), (v,))[1])(w, v)
     assert_close(case.inner_hvp(w, case.lam, case.inner_data, v), expected, rtol=1e-12)
 
@@ -106,7 +106,7 @@ def value_penalty(case, lam):
     """min over w of f + penalty (g - min g), and its argmin."""
     g, f = losses(case)
     lowest = g(minimise(lambda w: g(w, lam), case.w), lam)
-    penalised = lambda w: f(w, lam) + PENALTY * (g(w, lam) - lowest)  # noqa: E731
+    penalised = lambda w: f(w, lam) + PENALTY * (g(w, lam) - lowest)
     w = minimise(penalised, case.w)
     return penalised(w), w
 
@@ -116,10 +116,10 @@ def moreau_penalty(case, lam):
     g, f = losses(case)
 
     def envelope(w):
-        proximal = lambda z: g(z, lam) + jnp.sum((z - w) ** 2) / (2 * GAMMA)  # noqa: E731
+        proximal = lambda z: g(z, lam) + jnp.sum((z - w) ** 2) / (2 * GAMMA)
         return proximal(minimise(proximal, case.w))
 
-    penalised = lambda w: f(w, lam) + PENALTY * (g(w, lam) - envelope(w))  # noqa: E731
+    penalised = lambda w: f(w, lam) + PENALTY * (g(w, lam) - envelope(w))
     w = minimise(penalised, case.w)
     return penalised(w), w
 
@@ -129,7 +129,7 @@ def central_penalty(case, lam):
     g, f = losses(case)
 
     def lowest(nu):
-        shifted = lambda w: g(w, lam) + nu * f(w, lam)  # noqa: E731
+        shifted = lambda w: g(w, lam) + nu * f(w, lam)
         w = minimise(shifted, case.w)
         return shifted(w), w
 

@@ -31,7 +31,7 @@ def test_tuned_penalty_is_within_one_percent_of_a_fine_grid(name):
     assert tuned.status == 0
 
 
-@pytest.mark.parametrize("engine", ["unrolled", "f2sa", "moreau", "onestep"])
+@pytest.mark.parametrize("engine", ["unrolled", "f2sa", "moreau"])
 def test_every_engine_tunes(engine):
     table = load_table("wine", None)
     folds = tune.Folds(table, tune_split(table, 5, 0.25, 0))
@@ -119,7 +119,7 @@ def test_tune_command(tmp_path, capsys):
         lines.append(",".join(map(repr, row.tolist())) + f",{'abc'[y]}")
     path = tmp_path / "wine.csv"
     path.write_text("\n".join(lines))
-    result, model, text = run(f"tune {path} --target kind --folds 4", tmp_path / "out", capsys)
+    result, model, text = run(f"tune {path} --target kind", tmp_path / "out", capsys)
     assert result["command"] == "tune"
     assert set(result["baselines"]) == {"untuned", "sklearn", "single"}
     for scores in result["baselines"].values():
@@ -134,7 +134,7 @@ def test_tune_command(tmp_path, capsys):
     # The same command again: refused, then with --force the same numbers.
     assert cli.main(["tune", str(path), "--target", "kind", "--out", str(tmp_path / "out")]) == 2
     capsys.readouterr()
-    line = f"tune {path} --target kind --folds 4 --force"
+    line = f"tune {path} --target kind --force"
     again, model_again, _ = run(line, tmp_path / "out", capsys)
     assert again["hyperparameters"] == result["hyperparameters"]
     np.testing.assert_array_equal(model["coef"], model_again["coef"])

@@ -84,7 +84,7 @@ def test_jit_vmap_and_state(name, seed):
     row, case = CASES[name], problems.make("quadratic", seed)
     problem = problem_of(case)
     kwargs = {"engine": row.engine, "solver": row.solver, "throw": False}
-    one = lambda lam: bl.hypergradient(problem, lam, case.w, **kwargs).grad  # noqa: E731
+    one = lambda lam: bl.hypergradient(problem, lam, case.w, **kwargs).grad
     lams = jnp.stack([case.lam, 2 * case.lam])
     loop = jnp.stack([one(lam) for lam in lams])
     np.testing.assert_allclose(jax.jit(one)(case.lam), loop[0], rtol=1e-7, atol=1e-9)
@@ -95,7 +95,7 @@ def test_jit_vmap_and_state(name, seed):
     after = jax.eval_shape(
         lambda s: row.engine.step(problem, row.solver, case.w, case.lam, s, key)[1], state
     )
-    shape = lambda t: jax.tree.map(lambda x: (x.shape, x.dtype, x.weak_type), t)  # noqa: E731
+    shape = lambda t: jax.tree.map(lambda x: (x.shape, x.dtype, x.weak_type), t)
     assert shape(jax.eval_shape(lambda s: s, state)) == shape(after)
 
 
@@ -171,8 +171,8 @@ def test_zero_right_hand_side_takes_no_steps():
 
 def test_negative_curvature_that_the_outer_gradient_does_not_see():
     """c = (1, 0) in the positive eigenvector of H = diag(1, -1): CG alone would be content."""
-    inner = lambda w, lam, batch: 0.5 * (w[0] ** 2 - w[1] ** 2) - lam[0] * w[0]  # noqa: E731
-    outer = lambda w, lam, batch: w[0]  # noqa: E731
+    inner = lambda w, lam, batch: 0.5 * (w[0] ** 2 - w[1] ** 2) - lam[0] * w[0]
+    outer = lambda w, lam, batch: w[0]
     h = bl.hypergradient(bl.Problem(inner, outer), jnp.array([0.0]), jnp.zeros(2), throw=False)
     assert int(h.info.status) == bl.Status.INDEFINITE
 
@@ -200,7 +200,7 @@ def test_neumann_step_too_long_is_diverged(seed):
 
 def test_wrong_hessian_product_shows_in_the_estimate(seed):
     case = problems.make("quadratic", seed)
-    wrong = lambda w, lam, batch, v: 2.0 * v  # noqa: E731
+    wrong = lambda w, lam, batch, v: 2.0 * v
     h = bl.hypergradient(problem_of(case, inner_hvp=wrong), case.lam, case.w)
     assert float(h.info.error_estimate) > 0.05
 
@@ -218,11 +218,11 @@ def test_own_hessian_product_equals_autodiff(seed):
 def test_unrolled_learning_rate_and_start(checkpoint):
     """d/d(rate, start) of T gradient steps on h/2 w^2: w_T = (1 - rate h)^T start."""
     h, T = 0.7, 7
-    inner = lambda w, lam, batch: 0.5 * h * w**2  # noqa: E731
-    outer = lambda w, lam, batch: w  # noqa: E731
+    inner = lambda w, lam, batch: 0.5 * h * w**2
+    outer = lambda w, lam, batch: w
     problem = bl.Problem(inner, outer, inner_init=lambda lam, batch: lam["start"])
     lam = {"rate": 0.3, "start": 2.0}
-    solver = lambda lam: bl.GradientDescent(learning_rate=lam["rate"], max_steps=T)  # noqa: E731
+    solver = lambda lam: bl.GradientDescent(learning_rate=lam["rate"], max_steps=T)
     engine = bl.Unrolled(checkpoint=checkpoint)
     found = bl.hypergradient(problem, lam, 0.0, solver=solver, engine=engine).grad
     np.testing.assert_allclose(found["start"], (1 - 0.3 * h) ** T, rtol=1e-12)
@@ -249,9 +249,7 @@ def test_truncation_is_the_neumann_series(seed):
 def test_penalised_hypergradients_match_their_own_closed_forms(seed):
     case = problems.make("quadratic", seed)
     call = lambda engine: (
-        bl.hypergradient(  # noqa: E731
-            problem_of(case), case.lam, case.w, engine=engine, solver=EXACT_LBFGS
-        ).grad
+        bl.hypergradient(problem_of(case), case.lam, case.w, engine=engine, solver=EXACT_LBFGS).grad
     )
     np.testing.assert_allclose(
         call(bl.F2SA(nu=0.02, order=1)), case.penalised_gradient(case.lam, 50.0), rtol=1e-6
