@@ -34,7 +34,9 @@ def solve(
         num_steps, tol = jnp.int32(solver.max_steps), jnp.zeros(())
     else:
         tol = tolerance(solver, w)
-        w, state, num_steps = run_until(solver, objective, w, state, sampler(0), tol)
+        # What `judge` takes for met ends the loop: steps below rounding cost much and gain nothing.
+        stop = jnp.where(tol > 0, jnp.maximum(tol, 10 * tree.epsilon(w)), tol)
+        w, state, num_steps = run_until(solver, objective, w, state, sampler(0), stop)
     return w, state, judge(solver, objective, w, sampler(0), num_steps, tol)
 
 
