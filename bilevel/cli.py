@@ -18,6 +18,13 @@ from bilevel.tuning.errors import InputError
 from bilevel.tuning.output import OutDir, versions
 
 
+_EPILOG = (
+    "With --out, result.json holds all scores and model.npz the model (X @ coef + intercept) and the "
+    "split. `seconds` in it: cold is the optimisation from the checked data to the refit, compilation "
+    "(or loading compiled programs from the cache) included; warm is the same once more."
+)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code: 0, 1 (the computation failed) or 2 (bad input)."""
     try:
@@ -65,6 +72,7 @@ def _add_tune(commands: Any) -> None:
     tune = commands.add_parser(
         "tune",
         allow_abbrev=False,
+        epilog=_EPILOG,
         help="tune the penalty of a linear model by cross-validation",
         description="Tune one penalty of ridge, logistic or softmax regression (chosen from the "
         "target) on cross-validation folds, refit on all training rows, and test once.",
@@ -87,6 +95,7 @@ def _add_clean(commands: Any) -> None:
     clean = commands.add_parser(
         "clean",
         allow_abbrev=False,
+        epilog=_EPILOG,
         help="find wrong labels with a few trusted examples",
         description="Learn one weight for each training example so that a softmax regression "
         "fitted with these weights does well on N trusted examples; refit, and test once.",
