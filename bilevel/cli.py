@@ -17,7 +17,6 @@ from typing import Any, NoReturn
 from bilevel.tuning.errors import InputError
 from bilevel.tuning.output import OutDir, versions
 
-
 _EPILOG = (
     "With --out, result.json holds all scores and model.npz the model (X @ coef + intercept) and the "
     "split. `seconds` in it: cold is the optimisation from the checked data to the refit, compilation "
