@@ -21,7 +21,7 @@ def can_estimate(problem: BilevelProblem, solver: Solver, engine: AbstractEngine
     wanted = getattr(engine, "estimate", None)
     wanted = engine.estimates if wanted is None else wanted
     # Outer variables that act through the start or the solver have no implicit derivative.
-    implicit = isinstance(solver, AbstractInnerSolver) and problem.start is not None
+    implicit = isinstance(solver, AbstractInnerSolver)
     return wanted and implicit and getattr(problem, "inner_init", None) is None
 
 

@@ -55,7 +55,7 @@ class F2SA(AbstractEngine):
     With `y_j = argmin_y g + j nu f`: `grad = (1/nu) sum_j c_j [dg/dlam(y_j) + j nu df/dlam(y_j)]`, the
     order-p finite difference at 0 of the gradient of `min_y g + nu f`. `order=1` is F2SA with the
     multiplier `1/nu` (bias O(nu)); the default `order=2` costs one solve more than order 1 (which has the
-    unpenalised copy among its nodes) and has bias O(nu^2): measured 40 times less at nu = .02.
+    unpenalised copy among its nodes) and has bias O(nu^2).
 
     Class: inner problem strongly convex; orders above 1 need `mu > (order/2) nu L_f`, else `g - j nu f`
     is not convex. Errors of the inner solves are multiplied by `1/nu`, so their tolerance is tightened

@@ -3,6 +3,7 @@
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax import Array
 
 from hypergrad.base import (
@@ -22,11 +23,11 @@ from solvers.types import Tree
 
 
 class OneStep(AbstractEngine):
-    """`dF/dlam - step C c`: the derivative through one gradient step at the inner solution.
+    """`dF/dlam - step_size C c`: the derivative through one gradient step at the inner solution.
 
-    The inverse Hessian is replaced by `step I`, so the result is biased: its error is of the order of
-    `1 - step mu` and `info.error_estimate` reports it. A cheap guess, for problems where a descent
-    direction is enough. `step="auto"` is `1 / (1.05 L)`, L by 12 Lanczos products.
+    The inverse Hessian is replaced by `step_size I`, so the result is biased: its error is of the order of
+    `1 - step_size mu` and `info.error_estimate` reports it. A cheap guess, for problems where a descent
+    direction is enough. `step_size="auto"` is `1 / (1.05 L)`, L by 12 Lanczos products.
 
     Class: smooth inner problems; the solution need not be exact.
     Cost per step: the inner solve, one Hessian-vector product (for the report), one cross derivative.
@@ -78,6 +79,7 @@ class OneStep(AbstractEngine):
 
         # What one step leaves of the adjoint equation H q = c.
         image, norm = product(q), tree.norm(c)
+        norm = jnp.where(norm > 0, norm, jnp.ones_like(norm))  # c = 0: nothing is left
         left = tree.norm(tree.sub(image, c))
         info = make_info(value, inner, grad, adjoint_residual=left / norm, adjoint_steps=1)
         return Hypergradient(grad, w, info), _State(inner_state)

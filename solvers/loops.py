@@ -108,7 +108,7 @@ def run_steps(
 
     `checkpoint` stores the state every sqrt(num_steps) steps and recomputes the rest, and recomputes
     what is inside each step: memory about 2 sqrt(T) states instead of T times all intermediates, for
-    one more forward pass (Griewank and Walther 2000; measured faster than a plain scan).
+    one more forward pass (Griewank and Walther 2000).
     """
 
     def step(carry: tuple[Tree, Any], index: Array) -> tuple[tuple[Tree, Any], None]:

@@ -51,7 +51,7 @@ def test_matches_the_closed_form(name, kind, seed):
     assert jax.tree.structure(h.grad) == jax.tree.structure(case.lam)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "exact"])
 def test_error_estimate_bounds_the_true_error(name, seed):
     """Where there is an estimate, the true error is at most twice that (and its own rounding)."""
     row, case = CASES[name], problems.make("logistic", seed)
@@ -59,8 +59,6 @@ def test_error_estimate_bounds_the_true_error(name, seed):
         engine = dataclasses.replace(row.engine, estimate=True)
     else:
         engine = row.engine
-    if name == "exact":
-        return
     h = bl.hypergradient(problem_of(case), case.lam, case.w, engine=engine, solver=row.solver)
     error = relative(h.grad, case.hypergradient(case.lam))
     size = np.linalg.norm(flat(case.hypergradient(case.lam))) / np.linalg.norm(flat(h.grad))

@@ -87,24 +87,8 @@ def solution(x, y, reg):
     return w
 
 
-def compile_quickly(fn):
-    """`eqx.filter_jit` of `fn(solver, *arrays)`, compiled fast rather than well."""
-    quick = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-
-    def whole(static, dynamic, *args):
-        return fn(eqx.combine(dynamic, static), *args)
-
-    jitted = jax.jit(whole, static_argnums=0, compiler_options=quick)
-
-    def call(solver, *args):
-        dynamic, static = eqx.partition(solver, eqx.is_array)
-        return jitted(static, dynamic, *args)
-
-    return call
-
-
 # One program for each solver, budget and kind of `w`: data, start and tolerance are arguments.
-@compile_quickly
+@eqx.filter_jit
 def run(solver, w, reg, batch):
     objective = Objective(loss, reg)
     state = solver.init(objective, w, batch)

@@ -28,25 +28,9 @@ def solve_plain(solver, matrix, b, x0):
     return solver.solve(matvec, b, x0, state, key)
 
 
-def compile_quickly(fn):
-    """`eqx.filter_jit` of `fn(solver, *arrays)`, compiled fast rather than well."""
-    quick = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-
-    def whole(static, dynamic, *args):
-        return fn(eqx.combine(dynamic, static), *args)
-
-    jitted = jax.jit(whole, static_argnums=0, compiler_options=quick)
-
-    def call(solver, *args):
-        dynamic, static = eqx.partition(solver, eqx.is_array)
-        return jitted(static, dynamic, *args)
-
-    return call
-
-
 # One program for each solver and dtype: matrix, right-hand side and start are arguments.
-solve_jit = compile_quickly(solve_plain)
-solve_all = compile_quickly(
+solve_jit = eqx.filter_jit(solve_plain)
+solve_all = eqx.filter_jit(
     lambda solver, matrices, rhs: jax.vmap(
         lambda matrix, b: solve_plain(solver, matrix, b, jnp.zeros_like(b))
     )(matrices, rhs)
@@ -310,7 +294,7 @@ def test_tree_of_two_precisions(name, seed):
         image = matrix @ jnp.concatenate([v["a"], v["b"][0].astype(jnp.float64)])
         return {"a": image[:4], "b": (image[4:].astype(jnp.float32),)}
 
-    @compile_quickly
+    @eqx.filter_jit
     def run(solver, rhs):
         key = jax.random.key(0)
         x0 = jax.tree.map(jnp.zeros_like, rhs)
