@@ -15,7 +15,10 @@ from solvers.types import Tree
 
 
 class Assessment(NamedTuple):
-    """What the estimate found; every array has shape ()."""
+    """What the estimate found; every array but `refined` has shape ()."""
+
+    refined: Tree
+    """The hypergradient after the Newton correction, like `lam`."""
 
     error: Array
     """Estimated `||grad - true|| / ||grad||`; NaN where the systems behind it could not be solved."""
@@ -73,4 +76,4 @@ def assess(
     failed = code != Status.OK
     code = jnp.where(code == Status.MAX_STEPS, jnp.int32(Status.OK), code)
     curvature = jnp.minimum(ritz[0], jnp.fmin(first.curvature, second.curvature))
-    return Assessment(jnp.where(failed, jnp.nan, error), curvature, code)
+    return Assessment(better, jnp.where(failed, jnp.nan, error), curvature, code)

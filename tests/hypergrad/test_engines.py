@@ -11,6 +11,7 @@ import pytest
 from hypergrad_cases import CASES, EXACT_LBFGS
 
 import bilevel as bl
+from hypergrad.estimate import assess
 from hypergrad.registry import ENGINES
 from solvers import tree
 
@@ -189,6 +190,18 @@ def test_unconverged_inner_solve_is_max_steps_and_its_error_is_estimated(seed):
         bl.hypergradient(problem_of(case), case.lam, case.w, solver=bl.LBFGS(max_steps=2))
 
 
+def test_refined_hypergradient_is_the_true_one_on_a_quadratic(seed):
+    """One Newton step solves both equations there, however early the inner solve was cut."""
+    case = problems.make("quadratic", seed)
+    problem, solver = problem_of(case), bl.LBFGS(max_steps=2)
+    h = bl.hypergradient(problem, case.lam, case.w, solver=solver, throw=False)
+    data = case.inner_data, case.outer_data
+    found = eqx.filter_jit(assess)(problem, solver, case.lam, h, *data, jax.random.key(seed))
+    truth = case.hypergradient(case.lam)
+    assert relative(h.grad, truth) > 1e-3
+    assert relative(found.refined, truth) < 1e-7
+
+
 def test_neumann_step_too_long_is_diverged(seed):
     case = problems.make("quadratic", seed)
     engine = bl.Implicit(bl.Neumann(step=3.0))
@@ -242,6 +255,32 @@ def test_truncation_is_the_neumann_series(seed):
         problem, case.lam, w, engine=bl.Implicit(bl.Neumann(max_steps=K, step=0.3)), solver=gd
     )
     np.testing.assert_allclose(unrolled.grad, series.grad, rtol=1e-9)
+
+
+@pytest.mark.parametrize("checkpoint", [True, False])
+def test_truncation_continues_from_the_first_steps(checkpoint, seed):
+    """Away from the solution: the last K of T steps, the first T - K of them held constant."""
+    case, T, K, rate = problems.make("quadratic", seed), 9, 4, 0.2
+    gradient = jax.grad(case.inner)
+
+    def trained(lam, w, num_steps):
+        for _ in range(num_steps):
+            w = w - rate * gradient(w, lam, case.inner_data)
+        return w
+
+    head = trained(case.lam, case.w, T - K)
+    expected = jax.jit(
+        jax.grad(lambda lam: case.outer(trained(lam, head, K), lam, case.outer_data))
+    )(case.lam)
+    h = bl.hypergradient(
+        problem_of(case),
+        case.lam,
+        case.w,
+        engine=bl.Unrolled(truncate=K, checkpoint=checkpoint),
+        solver=bl.GradientDescent(learning_rate=rate, max_steps=T),
+    )
+    np.testing.assert_allclose(h.grad, expected, rtol=1e-10)
+    np.testing.assert_allclose(h.w, trained(case.lam, case.w, T), rtol=1e-10)
 
 
 def test_penalised_hypergradients_match_their_own_closed_forms(seed):
