@@ -40,7 +40,13 @@ def number(default: Any, *, low: float | None = None, strict: bool = False) -> A
 
 def static(default: Any, *, low: int | None = None, **kwargs: Any) -> Any:
     """An option that shapes the program: changing it compiles anew. `low` bounds an integer."""
+    kwargs.setdefault("converter", _from_numpy)
     return eqx.field(default=default, static=True, metadata={"int_low": low}, **kwargs)
+
+
+def _from_numpy(value: Any) -> Any:
+    """A NumPy scalar as a Python one: arrays must not be static."""
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def _to_number(value: Any) -> Any:
@@ -66,7 +72,7 @@ class Settings(eqx.Module):
                 _check_number(where, value, low, field.metadata.get("strict", False))
             int_low = field.metadata.get("int_low")
             if int_low is not None and value is not None:
-                if isinstance(value, bool) or not isinstance(value, int | np.integer):
+                if isinstance(value, bool) or not isinstance(value, int):
                     raise TypeError(f"{where} must be an integer, got {value!r}.")
                 if value < int_low:
                     raise ValueError(f"{where} must be at least {int_low}, got {value}.")

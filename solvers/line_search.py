@@ -31,11 +31,12 @@ def wolfe_search(
     """A step along a descent direction with sufficient decrease and increased slope.
 
     Bisection and doubling as in Lewis and Overton 2013. Near a minimiser differences of values drown
-    in rounding, so a step is also accepted by slopes alone where the value moved less than that
-    (Hager and Zhang 2005, approximate Wolfe conditions). One value and gradient per trial.
+    in rounding, so a step is also accepted by slopes alone where the value rose by less than
+    `sqrt(eps) max(1, |value|)` (Hager and Zhang 2005, approximate Wolfe conditions; their 1e-6 is as
+    generous). One value and gradient per trial.
     """
     slope = jnp.vdot(gradient, direction)
-    noise = 50 * jnp.finfo(value.dtype).eps * jnp.maximum(jnp.abs(value), 1.0)
+    noise = jnp.finfo(value.dtype).eps ** 0.5 * jnp.maximum(jnp.abs(value), 1.0)
 
     def is_open(c: _Carry) -> Array:
         return ~c.accepted & (c.trials < _TRIALS)

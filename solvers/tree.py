@@ -41,6 +41,13 @@ def norm(x: Tree) -> Scalar:
     return jnp.sqrt(vdot(x, x))
 
 
+def max_abs(x: Tree) -> Scalar:
+    """The largest magnitude of any entry (NaN where there is a NaN)."""
+    dtype = accumulation_dtype(x)
+    parts = jax.tree.map(lambda a: jnp.max(jnp.abs(a)).astype(dtype), x)
+    return jax.tree.reduce(jnp.maximum, parts)
+
+
 def add(x: Tree, y: Tree) -> Tree:
     return jax.tree.map(jnp.add, x, y)
 
@@ -52,6 +59,11 @@ def sub(x: Tree, y: Tree) -> Tree:
 def scale(a: Array | float, x: Tree) -> Tree:
     """`a x`, with `a` cast to each leaf's dtype."""
     return jax.tree.map(lambda leaf: jnp.asarray(a, leaf.dtype) * leaf, x)
+
+
+def divide(x: Tree, a: Array) -> Tree:
+    """`x / a`, right for an `a` so small that `1 / a` overflows."""
+    return jax.tree.map(lambda leaf: leaf / a.astype(leaf.dtype), x)
 
 
 def axpy(a: Array | float, x: Tree, y: Tree) -> Tree:

@@ -37,11 +37,27 @@ class AbstractLinearSolver(Settings):
     def init(self, matvec: MatVec, like: Tree, key: Array) -> Any:
         """Prepare for the operator. `like` is a tree of the shape of `x` and `b`."""
 
-    @abc.abstractmethod
     def solve(
         self, matvec: MatVec, b: Tree, x0: Tree, state: Any, key: Array
     ) -> tuple[Tree, LinearInfo]:
         """Solve from the start `x0`. The state is what `init` returned for this operator."""
+        # For b of unit size no inner product underflows or overflows, whatever the size given.
+        size = tree.max_abs(b)
+        unit = jnp.where((size > 0) & jnp.isfinite(size), size, jnp.ones_like(size))
+        # A start so large against b that its residual's square might overflow is dropped.
+        usable = tree.max_abs(x0) < unit * jnp.finfo(unit.dtype).max ** 0.25
+        start = tree.where(usable, tree.divide(x0, unit), tree.zeros_like(x0))
+        x, info = self.solve_unit(matvec, tree.divide(b, unit), start, state, key, unit)
+        return tree.scale(unit, x), info
+
+    @abc.abstractmethod
+    def solve_unit(
+        self, matvec: MatVec, b: Tree, x0: Tree, state: Any, key: Array, unit: Scalar
+    ) -> tuple[Tree, LinearInfo]:
+        """`solve` after `b` and `x0` were divided by `unit`, which makes the largest entry of `b` 1.
+
+        An absolute tolerance has to be divided by it too.
+        """
 
 
 def finish(

@@ -39,8 +39,8 @@ class CG(AbstractLinearSolver):
     def init(self, matvec: MatVec, like: Tree, key: Array) -> None:
         return None
 
-    def solve(
-        self, matvec: MatVec, b: Tree, x0: Tree, state: Any, key: Array
+    def solve_unit(
+        self, matvec: MatVec, b: Tree, x0: Tree, state: Any, key: Array, unit: Scalar
     ) -> tuple[Tree, LinearInfo]:
         b_norm = tree.norm(b)
         dtype = b_norm.dtype
@@ -48,7 +48,7 @@ class CG(AbstractLinearSolver):
         default_rtol = 1e-10 if eps < 1e-10 else 1e-5
         rtol = jnp.asarray(default_rtol, dtype) if self.rtol is None else cast(self.rtol, b_norm)
         rtol = jnp.maximum(rtol, 10 * eps)
-        target = jnp.maximum(rtol * b_norm, cast(self.atol, b_norm))
+        target = jnp.maximum(rtol * b_norm, cast(self.atol, b_norm) / unit)
         max_steps = self.max_steps
         if max_steps is None:
             max_steps = min(max(10 * tree.size(b), 100), 5000)

@@ -9,7 +9,7 @@ from jax import Array
 from solvers import tree
 from solvers.linear.base import AbstractLinearSolver, LinearInfo, finish
 from solvers.status import Status
-from solvers.types import MatVec, Tree
+from solvers.types import MatVec, Scalar, Tree
 
 
 class Dense(AbstractLinearSolver):
@@ -31,8 +31,8 @@ class Dense(AbstractLinearSolver):
         eigenvalues, vectors = jnp.linalg.eigh(matrix)
         return _Factors(jnp.linalg.cholesky(matrix), eigenvalues, vectors)
 
-    def solve(
-        self, matvec: MatVec, b: Tree, x0: Tree, state: Any, key: Array
+    def solve_unit(
+        self, matvec: MatVec, b: Tree, x0: Tree, state: Any, key: Array, unit: Scalar
     ) -> tuple[Tree, LinearInfo]:
         flat, unflatten = tree.flatten(b)
         values = state.eigenvalues

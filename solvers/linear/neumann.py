@@ -44,11 +44,11 @@ class Neumann(AbstractLinearSolver):
             return 1 / (1.05 * largest_eigenvalue(matvec, like, key))
         return cast(self.step, jnp.zeros((), tree.accumulation_dtype(like)))
 
-    def solve(
-        self, matvec: MatVec, b: Tree, x0: Tree, state: Any, key: Array
+    def solve_unit(
+        self, matvec: MatVec, b: Tree, x0: Tree, state: Any, key: Array, unit: Scalar
     ) -> tuple[Tree, LinearInfo]:
         b_norm = tree.norm(b)
-        target = jnp.maximum(cast(self.rtol, b_norm) * b_norm, cast(self.atol, b_norm))
+        target = jnp.maximum(cast(self.rtol, b_norm) * b_norm, cast(self.atol, b_norm) / unit)
         automatic = isinstance(self.step, str)
 
         def is_open(c: _Carry) -> Array:

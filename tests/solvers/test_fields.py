@@ -48,6 +48,10 @@ def test_integers_are_refused_as_anything_else(cls, field, value):
         cls(**{field: value})
 
 
+def test_numpy_integers_become_python_ones():
+    assert type(CG(max_steps=np.int64(7)).max_steps) is int  # and equinox has nothing to warn of
+
+
 def test_optax_solver_bounds_are_checked_too():
     with pytest.raises(ValueError, match=r"OptaxSolver\(tol=\.\.\.\)"):
         OptaxSolver(optax.sgd(0.1), tol=-1.0)

@@ -259,6 +259,32 @@ def test_lbfgs_restart_with_memory_saves_steps(seed):
     assert healed.status == Status.OK and healed.num_steps == cold_info.num_steps
 
 
+def _quadratic(w, args, batch):
+    matrix, b = batch
+    return 0.5 * w @ (matrix @ w) - b @ w
+
+
+@pytest.mark.parametrize("condition", [1e2, 1e4, 1e6])
+def test_lbfgs_reaches_a_tolerance_far_below_what_values_resolve(condition, seed):
+    """A gradient of 1e-8 moves the value by less than its rounding error."""
+    dim, solver = 8, LBFGS(max_steps=500, tol=1e-8)
+
+    @jax.jit
+    def run(matrix, b):
+        objective, w, batch = Objective(_quadratic, None), jnp.zeros(dim), (matrix, b)
+        state = solver.init(objective, w, batch)
+        return solver_loops.solve(solver, objective, w, state, constant_sampler(batch))
+
+    for draw_seed in range(seed, seed + 8):
+        rng = np.random.default_rng(draw_seed)
+        factor, _ = np.linalg.qr(rng.normal(size=(dim, dim)))
+        matrix = factor * np.geomspace(1, condition, dim) @ factor.T
+        b = 3 * rng.normal(size=dim)
+        w, _, info = run(jnp.asarray(matrix), jnp.asarray(b))
+        assert info.status == Status.OK
+        assert np.linalg.norm(matrix @ np.asarray(w) - b) < 2e-8
+
+
 @pytest.mark.parametrize("steps", [107])
 def test_checkpointing_changes_memory_and_nothing_else(steps, seed):
     rng = np.random.default_rng(seed)

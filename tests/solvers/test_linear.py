@@ -119,6 +119,18 @@ def test_zero_right_hand_side(name, dtype, seed):
 
 
 @dtypes
+@pytest.mark.parametrize("scale", [1e-35, 1e-18, 1e30])
+@solver_names
+def test_size_of_the_right_hand_side_does_not_matter(name, scale, dtype, seed):
+    """The square of each scale is out of the range of float32."""
+    matrix, _, b = draw(seed, SPD)
+    x, info = solve(SOLVERS[name], matrix, scale * b, scale * np.ones(DIM), dtype=dtype)
+    assert info.status == Status.OK
+    np.testing.assert_allclose(x / scale, np.linalg.solve(matrix, b), rtol=2e-4)
+    assert 0 < info.residual < 1e-5
+
+
+@dtypes
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 @solver_names
 def test_nonfinite_right_hand_side(name, bad, dtype, seed):
