@@ -10,6 +10,7 @@ from hypergrad.base import BilevelProblem, Hypergradient
 from hypergrad.derivatives import cross_vjp, outer_value_and_grads
 from solvers import CG, AbstractInnerSolver, Status, tree
 from solvers.linear.spectrum import ritz_values
+from solvers.loops import rounding_level
 from solvers.status import combine, where
 from solvers.types import Tree
 
@@ -54,15 +55,18 @@ def assess(
     w, grad = hypergradient.w, hypergradient.grad
     objective = problem.inner_objective(lam)
     gradient = lambda u: jax.grad(objective)(u, inner_batch)
-    cg = CG()
 
     residual, hvp = jax.linearize(gradient, w)
     ritz = ritz_values(hvp, w, key)
-    dw, first = cg.solve(hvp, tree.scale(-1.0, residual), tree.zeros_like(w), None, key)
+    # Below its rounding error the residual need not lie in the range of a singular Hessian.
+    rounding = rounding_level(hypergradient.info.inner.value, w)
+    dw, first = CG(atol=rounding).solve(
+        hvp, tree.scale(-1.0, residual), tree.zeros_like(w), None, key
+    )
     w_plus = tree.add(w, dw)
     _, c_plus, grad_lam = outer_value_and_grads(problem, w_plus, lam, outer_batch)
     _, hvp_plus = jax.linearize(gradient, w_plus)
-    q_plus, second = cg.solve(hvp_plus, c_plus, tree.zeros_like(w), None, key)
+    q_plus, second = CG().solve(hvp_plus, c_plus, tree.zeros_like(w), None, key)
     better = tree.sub(grad_lam, cross_vjp(problem, solver, w_plus, lam, inner_batch, q_plus))
 
     size = tree.norm(grad)

@@ -40,6 +40,12 @@ def solve(
     return w, state, judge(solver, objective, w, sampler(0), num_steps, tol)
 
 
+def rounding_level(value: Scalar, w: Tree) -> Scalar:
+    """`10 eps max(1, |value|)`: a gradient norm below this is rounding error."""
+    dtype = tree.accumulation_dtype(w)
+    return 10 * tree.epsilon(w) * jnp.maximum(jnp.abs(value).astype(dtype), 1.0)
+
+
 def judge(
     solver: AbstractInnerSolver,
     objective: ObjectiveFn,
@@ -55,8 +61,7 @@ def judge(
     """
     value = objective(w, batch)
     residual = tree.norm(solver.optimality(objective, w, batch))
-    magnitude = jnp.maximum(jnp.abs(value).astype(residual.dtype), 1.0)
-    floor = 10 * tree.epsilon(w) * magnitude
+    floor = rounding_level(value, w).astype(residual.dtype)
     unmet = (tol > 0) & (residual > jnp.maximum(tol.astype(residual.dtype), floor))
     finite = jnp.isfinite(residual) & jnp.isfinite(value) & tree.all_finite(w)
     code = status.combine(

@@ -1,16 +1,29 @@
-"""The README's code runs."""
+"""The code in the documentation runs."""
 
 import pathlib
 import re
 
-README = pathlib.Path(__file__).parent.parent / "README.md"
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
 
 
-def test_python_blocks_run():
-    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.S)
+def python_blocks(page):
+    """The page's blocks as one program: they share their names, in the order of the page."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.S)
     assert blocks
+    namespace = {}
     for block in blocks:
-        namespace = {}
-        exec(compile(block, "README.md", "exec"), namespace)
-        assert namespace["result"].status == 0
-        assert namespace["result"].history.outer_value[-1] < namespace["h"].info.outer_value
+        exec(compile(block, page, "exec"), namespace)
+    return namespace
+
+
+def test_readme():
+    found = python_blocks("README.md")
+    assert found["result"].status == 0
+    assert found["result"].history.outer_value[-1] < found["h"].info.outer_value
+
+
+@pytest.mark.parametrize("page", ["docs/guide.md"])
+def test_pages(page):
+    python_blocks(page)

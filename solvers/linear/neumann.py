@@ -66,6 +66,7 @@ class Neumann(AbstractLinearSolver):
             # Growth below the rounding level of the residual means nothing.
             noise = 10 * tree.epsilon(b) * (b_norm + largest * tree.norm(x))
             grows = residual > c.residual * (1 + 1e-6) + noise
+            measured = c.residual > 1e3 * noise
             negative = grows & (rayleigh < 0)
             too_long = grows & ~negative
             code = jnp.where(negative, jnp.int32(Status.INDEFINITE), jnp.int32(Status.OK))
@@ -78,7 +79,7 @@ class Neumann(AbstractLinearSolver):
                 step=jnp.where(too_long, c.step / 2, c.step),
                 steps=c.steps + 1,
                 code=code,
-                curvature=jnp.minimum(c.curvature, rayleigh),
+                curvature=jnp.where(measured, jnp.minimum(c.curvature, rayleigh), c.curvature),
                 largest=largest,
             )
 

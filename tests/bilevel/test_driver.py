@@ -27,15 +27,29 @@ def test_defaults_reach_the_optimum(engine, tol, seed):
     assert result.status == bl.Status.OK
 
 
-def test_constant_penalty_ends_at_its_own_fixed_point(seed):
+@pytest.mark.parametrize(
+    ("engine", "fixed_point"),
+    [
+        (bl.F2SA(nu=0.05, order=1), lambda case: case.penalised_optimum(20.0)),
+        (bl.F2SA(nu=0.05, order=2), lambda case: case.central_optimum(0.05)),
+        (bl.Moreau(c=20.0, gamma=3.0), lambda case: case.moreau_optimum(20.0, 3.0)),
+    ],
+    ids=["f2sa-1", "f2sa-2", "moreau"],
+)
+def test_constant_penalty_ends_at_its_own_fixed_point(engine, fixed_point, seed):
     case = problems.make("quadratic", seed)
-    kwargs = {"num_steps": 1500, "outer": optax.sgd(0.2), "solver": bl.LBFGS(300, tol=1e-11)}
-    run = lambda engine: (
-        bl.run(problem_of(case), case.lam, case.w, engine=engine, throw=False, **kwargs).lam
+    result = bl.run(
+        problem_of(case),
+        case.lam,
+        case.w,
+        engine=engine,
+        num_steps=1500,
+        outer=optax.sgd(0.2),
+        solver=bl.LBFGS(300, tol=1e-11),
     )
-    np.testing.assert_allclose(
-        run(bl.F2SA(nu=0.05, order=2)), case.central_optimum(0.05), rtol=1e-6
-    )
+    expected = fixed_point(case)
+    np.testing.assert_allclose(result.lam, expected, rtol=1e-6)
+    assert np.linalg.norm(expected - case.optimum()) > 1e-4  # its own, not the bilevel optimum
 
 
 def test_chunks_and_resuming_change_no_bit(seed):

@@ -34,7 +34,7 @@ def test_every_registered_engine_has_a_case():
     assert {type(case.engine).__name__.lower() for case in CASES.values()} == set(ENGINES)
 
 
-@pytest.mark.parametrize("kind", ["quadratic", "weighted_ridge", "softmax"])
+@pytest.mark.parametrize("kind", ["quadratic", "ridge", "weighted_ridge", "softmax"])
 @pytest.mark.parametrize("name", NAMES)
 def test_matches_the_closed_form(name, kind, seed):
     row, case = CASES[name], problems.make(kind, seed)
@@ -42,13 +42,8 @@ def test_matches_the_closed_form(name, kind, seed):
         problem_of(case), case.lam, case.w, engine=row.engine, solver=row.solver, throw=False
     )
     truth = case.hypergradient(case.lam)
-    tol = row.tol
-    if kind != "quadratic":  # worse conditioned: series and penalties are further away
-        tol = {"exact": 1e-9, "implicit": 1e-6, "implicit-dense": 1e-6}.get(name, 0.3)
-    if name == "onestep":  # biased by design: a descent direction
-        assert np.dot(flat(h.grad), flat(truth)) > 0
-    else:
-        assert relative(h.grad, truth) < tol
+    if name != "onestep":  # biased by design
+        assert relative(h.grad, truth) < row.tol
     assert jax.tree.structure(h.grad) == jax.tree.structure(case.lam)
 
 
@@ -108,25 +103,6 @@ def test_keeps_float32(name, seed):
     assert {leaf.dtype for leaf in jax.tree.leaves((h.grad, h.w))} == {jnp.dtype("float32")}
     if name not in ("onestep", "moreau", "f2sa-1", "f2sa"):  # penalties magnify rounding by 1/nu
         assert relative(h.grad, case.hypergradient(case.lam)) < 1e-3
-
-
-@pytest.mark.parametrize("name", [n for n in NAMES if CASES[n].numbers])
-def test_sweeping_numbers_and_data_traces_once(name, seed, count_traces):
-    row, case = CASES[name], problems.make("quadratic", seed)
-    inner, outer = count_traces(case.inner), count_traces(case.outer)
-
-    def call(settings, factor, tol):
-        engine = dataclasses.replace(row.engine, **settings)
-        data = jax.tree.map(lambda x: factor * x, case.inner_data)
-        problem = bl.Problem(inner, outer, data, case.outer_data)
-        solver = bl.LBFGS(max_steps=300, tol=tol)
-        lam = factor * case.lam
-        return bl.hypergradient(problem, lam, case.w, engine=engine, solver=solver, throw=False)
-
-    call(row.numbers[0], 1.0, 1e-10)
-    counts = inner.count, outer.count
-    call(row.numbers[1], 1.1, 1e-9)
-    assert (inner.count, outer.count) == counts
 
 
 def test_first_call_trace_count_is_pinned(count_traces):
@@ -281,6 +257,17 @@ def test_truncation_continues_from_the_first_steps(checkpoint, seed):
     )
     np.testing.assert_allclose(h.grad, expected, rtol=1e-10)
     np.testing.assert_allclose(h.w, trained(case.lam, case.w, T), rtol=1e-10)
+
+
+def test_one_step_is_one_term_of_the_series(seed):
+    """q = step c at the inner solution."""
+    case, step = problems.make("quadratic", seed), 0.3
+    h = bl.hypergradient(
+        problem_of(case), case.lam, case.w, engine=bl.OneStep(step), solver=EXACT_LBFGS
+    )
+    _, B, _, D, t, rho = case.means
+    expected = rho * flat(case.lam) + step * B.T @ (D @ (case.solution(case.lam) - t))
+    np.testing.assert_allclose(h.grad, expected, rtol=1e-8)
 
 
 def test_penalised_hypergradients_match_their_own_closed_forms(seed):

@@ -1,0 +1,97 @@
+"""Numeric settings are arguments of the compiled program: they can be swept, and trace nothing anew."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import problems
+import pytest
+from hypergrad_cases import CASES
+
+import bilevel as bl
+from solvers.fields import Settings
+
+# Two values of every number of every engine, linear solver and inner solver.
+NUMBERS = {type(row.engine): {} for row in CASES.values()}
+for row in CASES.values():
+    NUMBERS[type(row.engine)].update(row.numbers)
+NUMBERS |= {
+    bl.CG: {"rtol": (1e-8, 1e-9), "atol": (1e-12, 1e-11)},
+    bl.Neumann: {"rtol": (1e-8, 1e-9), "atol": (1e-12, 1e-11), "step": (0.3, 0.4)},
+    bl.Dense: {},
+    bl.GradientDescent: {
+        "learning_rate": (0.3, 0.4),
+        "momentum": (0.1, 0.2),
+        "tol": (1e-8, 1e-9),
+    },
+    bl.LBFGS: {"tol": (1e-8, 1e-9)},
+    bl.Newton: {"tol": (1e-8, 1e-9)},
+    bl.OptaxSolver: {"tol": (1e-8, 1e-9)},
+    bl.JaxoptSolver: {"tol": (1e-8, 1e-9)},
+}
+
+
+def subclasses(cls):
+    """The library's own concrete subclasses (a test may define more)."""
+    found = {sub for child in cls.__subclasses__() for sub in {child} | subclasses(child)}
+    return {sub for sub in found if sub.__module__.split(".")[0] in ("solvers", "hypergrad")}
+
+
+def test_the_table_names_every_number():
+    named = {cls: set(numbers) for cls, numbers in NUMBERS.items()}
+    abstract = {bl.AbstractEngine, bl.AbstractInnerSolver, bl.AbstractLinearSolver}
+    there = {
+        cls: {field.name for field in dataclasses.fields(cls) if "low" in field.metadata}
+        for cls in subclasses(Settings) - abstract
+    }
+    assert named == there
+
+
+def with_numbers(cls, which, **options):
+    return cls(**{name: pair[which] for name, pair in NUMBERS[cls].items()}, **options)
+
+
+def setup_of(cls, which):
+    """Engine and inner solver in which every number of `cls` has its value number `which`."""
+    # The error estimate has no numbers, and takes long to compile.
+    if issubclass(cls, bl.AbstractEngine):
+        options = {"estimate": False} if hasattr(cls, "estimate") else {}
+        return with_numbers(cls, which, **options), cls.default_solver()
+    if issubclass(cls, bl.AbstractLinearSolver):
+        linear = with_numbers(cls, which)
+        return bl.Implicit(linear, estimate=False), bl.Newton(linear_solver=linear)
+    options = {"tx": optax.sgd(0.1)} if cls is bl.OptaxSolver else {}
+    return bl.Implicit(estimate=False), with_numbers(cls, which, **options)
+
+
+@pytest.mark.parametrize("cls", NUMBERS, ids=lambda cls: cls.__name__)
+def test_numbers_lam_and_data_trace_once(cls, seed, count_traces):
+    """A call at one set of numbers, lam, start and data, then others: by loop, and by vmap."""
+    case = problems.make("quadratic", seed)
+    inner, outer = count_traces(case.inner), count_traces(case.outer)
+
+    def call(setup, factor):
+        engine, solver = setup
+        data = jax.tree.map(lambda x: factor * x, case.inner_data)
+        problem = bl.Problem(inner, outer, data, case.outer_data)
+        lam, w = factor * case.lam, factor + case.w
+        return bl.hypergradient(problem, lam, w, engine=engine, solver=solver, throw=False).grad
+
+    setups, factors = [setup_of(cls, which) for which in (0, 1)], [1.0, 1.1]
+    first = call(setups[0], factors[0])
+    counts = inner.count, outer.count
+    loop = np.asarray([[call(setup, factor) for factor in factors] for setup in setups])
+    assert (inner.count, outer.count) == counts
+    np.testing.assert_array_equal(loop[0, 0], first)
+    assert not np.allclose(loop[:, 0], loop[:, 1], rtol=1e-3)
+    if not NUMBERS[cls]:
+        return
+    if cls in (bl.F2SA, bl.Moreau, bl.OneStep):  # the others agree to the tolerance
+        assert not np.allclose(loop[0], loop[1], rtol=1e-6)
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *setups)
+    over_both = jax.vmap(jax.vmap(call, in_axes=(None, 0)), in_axes=(0, None))
+    np.testing.assert_allclose(
+        jax.jit(over_both)(stacked, jnp.asarray(factors)), loop, rtol=1e-6, atol=1e-9
+    )
