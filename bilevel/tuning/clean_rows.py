@@ -87,9 +87,9 @@ class Rows:
             jnp.asarray(used / used.sum()),
         )
 
-    def trusted_predictor(self, w: Any) -> np.ndarray:
-        """Linear predictor of the trusted rows."""
-        return self.X[self.num_train :] @ np.asarray(w["coef"]) + np.asarray(w["intercept"])
+    def predictor(self, w: Any) -> np.ndarray:
+        """Linear predictor of all rows (training, then trusted)."""
+        return self.X @ np.asarray(w["coef"]) + np.asarray(w["intercept"])
 
 
 def range_scale(X: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
