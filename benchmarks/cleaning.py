@@ -74,10 +74,10 @@ def run(table: Table, trusted: int, flip: float, seeds: Sequence[int], engines: 
     return found
 
 
-def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
+def mean_and_error(values: np.ndarray) -> tuple[float, float]:
     """Mean and its standard error (nan for one value)."""
-    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
-    return statistics.mean(values), error
+    error = values.std(ddof=1) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    return float(values.mean()), float(error)
 
 
 def summary(found: dict, engines: list[str]) -> str:

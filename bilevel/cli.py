@@ -217,8 +217,8 @@ def _run_clean(options: argparse.Namespace) -> int:
         from bilevel.tuning.data import load_table
         from bilevel.tuning.splits import clean_split
 
-        column = options.trusted if isinstance(options.trusted, str) else None
-        count = options.trusted if column is None else None
+        named = isinstance(options.trusted, str)
+        column, count = (options.trusted, None) if named else (None, options.trusted)
         table = load_table(options.data, options.target, column)
         if table.classes is None:
             raise InputError(
