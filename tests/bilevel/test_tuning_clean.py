@@ -1,16 +1,20 @@
 """The second look against scikit-learn, and what is said of a cleaning."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import precision_recall_fscore_support
 
+from bilevel.tuning import clean
 from bilevel.tuning.clean_findings import judge, selection_scores, suspects, suspects_csv
 from bilevel.tuning.clean_fits import (
     PENALTIES,
     Choice,
     Part,
     Plan,
+    baselines,
     belief,
     fit,
     second_look,
@@ -33,16 +37,21 @@ def noisy_wine():
     return rows, plan, fit(rows, plan), wrong
 
 
+def reference(rows, weights, choice) -> np.ndarray:
+    """Calibrated linear predictors of all rows by scikit-learn."""
+    used = weights > 0  # a row without weight does not count
+    model = LogisticRegression(C=1 / (choice.penalty * used.sum()), tol=1e-8)
+    model.fit(rows.X[used], rows.y[used], sample_weight=weights[used])
+    return choice.temperature * model.decision_function(rows.X)
+
+
 def test_second_look_matches_scikit_learn(noisy_wine):
     rows, plan, found, wrong = noisy_wine
     assert PENALTIES.min() < found.choice.penalty < PENALTIES.max()
     looked = second_look(rows, plan, found)
 
     def expected(weights):
-        used = weights > 0  # a row without weight does not count
-        model = LogisticRegression(C=1 / (found.choice.penalty * used.sum()), tol=1e-8)
-        model.fit(rows.X[used], rows.y[used], sample_weight=weights[used])
-        f = found.choice.temperature * model.decision_function(rows.X[: rows.num_train])
+        f = reference(rows, weights, found.choice)[: rows.num_train]
         p = np.exp(f) / np.exp(f).sum(axis=1, keepdims=True)
         return p[np.arange(rows.num_train), rows.y[: rows.num_train]]
 
@@ -55,6 +64,50 @@ def test_second_look_matches_scikit_learn(noisy_wine):
     np.testing.assert_allclose(weights, expected(plan.weights), atol=5e-3)
     assert weights[~wrong].mean() > 0.8
     assert weights[wrong].mean() < 0.2
+
+
+@pytest.mark.parametrize("name", ["noisy", "trusted", "pooled"])
+def test_baselines_are_judged_by_models_that_have_not_seen_the_judges(noisy_wine, name):
+    rows = noisy_wine[0]
+    choice = baselines(rows, None)[name].choice
+    train = np.full(rows.num_train, float(name != "trusted"))
+    for fold in range(rows.num_folds):
+        out = rows.fold == fold
+        weights = np.concatenate([train, ~out * (name != "noisy")])
+        expected = reference(rows, weights, choice)[rows.num_train :][out]
+        found = choice.predictor[out]
+        np.testing.assert_allclose(
+            *(f - f.mean(1, keepdims=True) for f in (found, expected)), atol=0.02
+        )
+
+
+def test_learned_weights_are_judged_by_trusted_rows_they_have_not_seen(noisy_wine, monkeypatch):
+    rows = noisy_wine[0]
+    learned, plans = [], []
+    rng = np.random.default_rng(0)
+
+    def learn(rows, used, engine):
+        learned.append((used, rng.uniform(0.1, 0.9, rows.num_train)))
+        return SimpleNamespace(lam=learned[-1][1], status=0)
+
+    def spy(rows, plan):
+        plans.append(plan)
+        return fit(rows, plan)
+
+    monkeypatch.setattr(clean, "learn", learn)
+    monkeypatch.setattr(clean, "fit", spy)
+    cleaned = clean.optimise(rows, "implicit", lambda _: None)
+    first, second = plans
+    for (used, lam), part, later in zip(learned[:-1], first.parts, second.parts, strict=True):
+        np.testing.assert_array_equal(used, ~part.held_out)
+        np.testing.assert_array_equal(part.weights, np.concatenate([lam, used]))
+        np.testing.assert_array_equal(later.held_out, part.held_out)
+        np.testing.assert_array_equal(later.weights[rows.num_train :], used)
+    assert np.all(sum(part.held_out.astype(int) for part in first.parts) == 1)
+    assert learned[-1][0].all()
+    np.testing.assert_array_equal(cleaned.learned, learned[-1][1])
+    np.testing.assert_array_equal(cleaned.weights, second.weights[: rows.num_train])
+    assert second.weights[rows.num_train :].all()
 
 
 def test_held_out_rows_do_not_reach_the_weights_of_their_part(noisy_wine):
