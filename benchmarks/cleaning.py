@@ -7,6 +7,7 @@ on four folds and on all trusted examples, choosing penalties, second look, refi
 
     python benchmarks/cleaning.py [--seeds 0-4] [--fresh 5-24] [--engines implicit ...]
         [--data digits] [--trusted 100] [--flip .5] [--out benchmarks/results/cleaning_cpu.json]
+        [--steps 10] [--learning-penalty .2]
 """
 
 import argparse
@@ -20,7 +21,7 @@ import harness
 import jax
 import numpy as np
 
-from bilevel.tuning.clean import optimise
+from bilevel.tuning import clean, clean_rows
 from bilevel.tuning.clean_findings import KEEP, SIMPLE, judge, selection_scores
 from bilevel.tuning.clean_fits import Fit, baselines, raw_model
 from bilevel.tuning.clean_rows import Rows
@@ -55,7 +56,7 @@ def run(table: Table, trusted: int, flip: float, seeds: Sequence[int], engines: 
             found.setdefault(name, []).append(tested(fit))
         for engine in engines:
             start, cpu_start = time.perf_counter(), time.process_time()
-            cleaned = optimise(rows, engine, lambda _: None)
+            cleaned = clean.optimise(rows, engine, lambda _: None)
             seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
             kept = cleaned.weights > KEEP
             entry = tested(cleaned.fit) | {
@@ -134,8 +135,13 @@ def main() -> None:
     parser.add_argument("--engines", nargs="+", default=list(ENGINES))
     default = Path(__file__).parent / "results" / f"cleaning_{jax.default_backend()}.json"
     parser.add_argument("--out", type=Path, default=default)
+    parser.add_argument("--steps", type=int, default=clean.NUM_STEPS)
+    parser.add_argument("--learning-penalty", type=float, default=clean_rows.LEARNING_PENALTY)
     args = parser.parse_args()
-    record: dict = {"data": args.data, "trusted": args.trusted, "flip": args.flip}
+    clean.NUM_STEPS, clean_rows.LEARNING_PENALTY = args.steps, args.learning_penalty
+    record: dict = {
+        key: getattr(args, key) for key in ("data", "trusted", "flip", "steps", "learning_penalty")
+    }
     table = load_table(args.data, None)
     plans = [("results", args.seeds, args.engines), ("fresh", args.fresh, args.engines[:1])]
     for key, seeds, engines in plans:

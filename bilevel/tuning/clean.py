@@ -159,11 +159,11 @@ def clean(
         **judge(rows, cleaned.fit.choice, {name: fits[name].choice for name in SIMPLE}),
         "baselines": {
             name: {
-                "penalty": fit.choice.penalty,
-                "cv_loss": fit.choice.held_out_loss,
-                **_test_scores(table, split, raw_model(rows, fit)),
+                "penalty": found.choice.penalty,
+                "cv_loss": found.choice.held_out_loss,
+                **_test_scores(table, split, raw_model(rows, found)),
             }
-            for name, fit in fits.items()
+            for name, found in fits.items()
         },
         "suspects": listed,
     }
