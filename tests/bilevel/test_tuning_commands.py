@@ -62,7 +62,8 @@ def f1_kept(cleaned, wrong) -> float:
 
 
 def test_cleaning_beats_honest_baselines_with_two_engine_families():
-    found = {name: [] for name in ("noisy", "trusted", "pooled", "oracle", "implicit", "f2sa")}
+    baseline_names = ("noisy", "trusted", "pooled", "self_trained", "oracle")
+    found = {name: [] for name in (*baseline_names, "implicit", "f2sa")}
     kept = {"implicit": [], "f2sa": []}
     with jax.enable_x64(False):
         for seed in range(5):
@@ -77,10 +78,10 @@ def test_cleaning_beats_honest_baselines_with_two_engine_families():
     print(mean)
     assert mean["oracle"] > 0.95
     for engine, values in kept.items():
-        assert mean[engine] >= 0.915
-        assert mean[engine] >= max(mean["noisy"], mean["trusted"]) + 0.015
-        assert mean[engine] >= mean["pooled"] + 0.01
-        assert np.mean(values) >= 0.88
+        assert mean[engine] >= 0.93
+        assert mean[engine] >= max(mean["noisy"], mean["trusted"]) + 0.03
+        assert mean[engine] >= mean["pooled"] + 0.02
+        assert np.mean(values) >= 0.95
 
 
 @pytest.mark.parametrize("engine", ["unrolled", "moreau"])
@@ -88,8 +89,8 @@ def test_the_other_engines_clean(engine):
     with jax.enable_x64(False):
         rows, wrong, _, accuracy = cleaning(1)
         cleaned = optimise(rows, engine, quiet)
-        assert accuracy(cleaned.fit) >= 0.91
-        assert f1_kept(cleaned, wrong) >= 0.88
+        assert accuracy(cleaned.fit) >= 0.92
+        assert f1_kept(cleaned, wrong) >= 0.93
 
 
 REQUIRED = {
