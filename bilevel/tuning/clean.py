@@ -54,6 +54,8 @@ class Cleaned(NamedTuple):
     weights: np.ndarray
     learned: np.ndarray
     """The weights before the second look."""
+    predicted: np.ndarray
+    """Class of each training example by the model that takes the second look."""
     fit: Fit
     status: bl.Status
 
@@ -101,7 +103,8 @@ def optimise(rows: Rows, engine: str, say: Callable[[str], None]) -> Cleaned:
     second = fit(rows, plan)
     say(f"refit after a second look: held-out trusted loss {second.choice.held_out_loss:.4f}")
     weights = plan.weights[: rows.num_train]
-    return Cleaned(weights, learned, second, max([*statuses, found.status]))
+    predicted = rows.predictor(first.w)[: rows.num_train].argmax(axis=1)
+    return Cleaned(weights, learned, predicted, second, max([*statuses, found.status]))
 
 
 def clean(
@@ -135,8 +138,7 @@ def clean(
     fits = baselines(rows, truth if flip > 0 else None)
     kept = cleaned.weights > KEEP
     model = raw_model(rows, cleaned.fit)
-    predicted = rows.predictor(cleaned.fit.w)[: rows.num_train].argmax(axis=1)
-    listed = suspects(table, split.train, labels, predicted, cleaned.weights)
+    listed = suspects(table, split.train, labels, cleaned.predicted, cleaned.weights)
     selected = {
         **selection_scores(kept, ~wrong, "kept"),
         **selection_scores(~kept, wrong, "thrown"),
@@ -174,6 +176,7 @@ def clean(
         "penalty": np.asarray(cleaned.fit.choice.penalty),
         "weights": cleaned.weights,
         "learned_weights": cleaned.learned,
+        "predicted": cleaned.predicted,
         "kept": kept,
         "labels": labels,
         "flipped": wrong,

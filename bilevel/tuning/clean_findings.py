@@ -33,7 +33,8 @@ def suspects(
 ) -> list[dict[str, Any]]:
     """Training rows that are not kept, the least weight first.
 
-    `row` counts the rows of the table from 0, a header not counted.
+    `row` counts the rows of the table from 0, a header not counted; `predicted` is the class by the
+    model that gave the weight.
     """
     assert table.classes is not None
     order = np.argsort(weights, kind="stable")

@@ -177,12 +177,16 @@ def test_clean_command(tmp_path, capsys):
     assert len(suspects) == (~kept).sum()
     weights = dict(zip(model["train_rows"].tolist(), model["weights"].tolist(), strict=True))
     given = dict(zip(model["train_rows"].tolist(), model["labels"].tolist(), strict=True))
+    predicted = dict(zip(model["train_rows"].tolist(), model["predicted"].tolist(), strict=True))
+    # The weight is a probability of one class of three.
+    agrees = model["predicted"] == model["labels"]
+    assert np.all(agrees[model["weights"] > 0.5])
+    assert not np.any(agrees[model["weights"] < 1 / 3])
     assert [one["weight"] for one in suspects] == sorted(weights.values())[: len(suspects)]
     for one in suspects:
         row = one["row"]
         assert (one["weight"], one["given"]) == (weights[row], given[row])
-        f = table.X[row] @ model["coef"] + model["intercept"]
-        assert one["predicted"] == f.argmax()
+        assert one["predicted"] == predicted[row]
     with (tmp_path / "flip" / "suspects.csv").open() as file:
         rows = [{key: float(value) for key, value in one.items()} for one in csv.DictReader(file)]
     assert rows == suspects
