@@ -97,15 +97,17 @@ def _add_clean(commands: Any) -> None:
         epilog=_EPILOG,
         help="find wrong labels with a few trusted examples",
         description="Learn one weight for each training example so that a softmax regression "
-        "fitted with these weights does well on N trusted examples; refit, and test once.",
+        "fitted with these weights does well on the trusted examples; refit, list the suspects, and "
+        "test once (against the labels of the test rows as they are given).",
     )
     _add_common(clean)
     clean.add_argument(
         "--trusted",
-        type=_integer(1),
+        type=_count_or_column,
         required=True,
-        metavar="N",
-        help="number of rows, drawn at random, whose labels are trusted",
+        metavar="N|COLUMN",
+        help="rows whose labels are trusted: how many to draw at random, or a column that marks them "
+        "with true and false (or yes and no, 1 and 0)",
     )
     clean.add_argument(
         "--flip",
@@ -154,6 +156,11 @@ def _integer(low: int, high: int | None = None) -> Callable[[str], int]:
         return value
 
     return parse
+
+
+def _count_or_column(text: str) -> int | str:
+    """A number of rows, or the name of a column."""
+    return _integer(1)(text) if text.lstrip("+-").isdecimal() else text
 
 
 def _share(*, low_open: bool) -> Callable[[str], float]:
@@ -210,12 +217,14 @@ def _run_clean(options: argparse.Namespace) -> int:
         from bilevel.tuning.data import load_table
         from bilevel.tuning.splits import clean_split
 
-        table = load_table(options.data, options.target)
+        named = isinstance(options.trusted, str)
+        column, count = (options.trusted, None) if named else (None, options.trusted)
+        table = load_table(options.data, options.target, column)
         if table.classes is None:
             raise InputError(
                 f"target {table.target!r} has more than 20 distinct numbers; expected classes"
             )
-        split = clean_split(table, options.trusted, options.train, options.seed)
+        split = clean_split(table, count, options.train, options.seed)
         _check_engine(options.engine)
         from bilevel.tuning.clean import clean
 
@@ -270,11 +279,12 @@ def _compute(
             "versions": versions(),
         }
         try:
-            out.write(head | outcome.result, outcome.arrays)
+            out.write(head | outcome.result, outcome.arrays, outcome.texts)
         except OSError as error:
             print(f"bilevel: cannot write results to {out.path}: {error}", file=sys.stderr)
             return 1
-        print(f"\nwritten: {out.path / 'result.json'}, {out.path / 'model.npz'}")
+        names = ["result.json", "model.npz", *outcome.texts]
+        print(f"\nwritten: {', '.join(str(out.path / name) for name in names)}")
     return 0
 
 

@@ -1,11 +1,11 @@
 """Fits whose penalty is chosen on held-out trusted examples: the refit and the baselines."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from bilevel.tuning.clean_rows import Rows
-from bilevel.tuning.scores import cross_entropy
+from bilevel.tuning.scores import cross_entropy, log_probabilities
 
 PENALTIES = np.geomspace(1e-3, 1.0, 10)
 """Penalties tried for the refit, and for each baseline."""
@@ -18,13 +18,25 @@ class Part(NamedTuple):
     held_out: np.ndarray
 
 
+class Plan(NamedTuple):
+    """What is fitted: the parts that choose a penalty, the weights of the refit, other labels."""
+
+    parts: list[Part]
+    weights: np.ndarray
+    y: np.ndarray | None = None
+
+
 class Choice(NamedTuple):
-    """A penalty, what `calibrate` says of it on held-out trusted examples."""
+    """A penalty, and what `calibrate` says of it on held-out trusted examples."""
 
     penalty: float
     criterion: float
     held_out_loss: float
     temperature: float
+    predictor: np.ndarray
+    """Calibrated linear predictors of the trusted rows while held out, (num_trusted, num_classes)."""
+    models: list[Any]
+    """Weights of the model of each part."""
 
 
 class Fit(NamedTuple):
@@ -48,42 +60,77 @@ def calibrate(f: np.ndarray, y: np.ndarray) -> tuple[float, float, float]:
     return criteria[best], cross_entropy(factors[best] * f, y), float(factors[best])
 
 
-def choose(rows: Rows, parts: list[Part], y: np.ndarray | None = None) -> Choice:
+def choose(rows: Rows, plan: Plan) -> Choice:
     """The penalty with the least loss on held-out trusted rows, from the strongest to the weakest."""
     trials = []
-    starts = [rows.start] * len(parts)
+    models = [rows.start] * len(plan.parts)
     for penalty in PENALTIES[::-1]:
+        models = [
+            rows.fit(part.weights, penalty, w, y=plan.y)
+            for part, w in zip(plan.parts, models, strict=True)
+        ]
         f = np.empty((rows.num_trusted, rows.start["intercept"].shape[0]))
-        for i, (weights, held_out) in enumerate(parts):
-            starts[i] = rows.fit(weights, penalty, starts[i], y=y)
-            f[held_out] = rows.trusted_predictor(starts[i])[held_out]
-        trials.append(Choice(float(penalty), *calibrate(f, rows.trusted_y)))
+        for part, w in zip(plan.parts, models, strict=True):
+            f[part.held_out] = rows.predictor(w)[rows.num_train :][part.held_out]
+        criterion, loss, factor = calibrate(f, rows.trusted_y)
+        trials.append(Choice(float(penalty), criterion, loss, factor, factor * f, models))
     return min(trials, key=lambda choice: choice.criterion)
 
 
+def fit(rows: Rows, plan: Plan) -> Fit:
+    """Choose a penalty, then fit with it."""
+    choice = choose(rows, plan)
+    return Fit(choice, rows.fit(plan.weights, choice.penalty, rows.start, y=plan.y))
+
+
+def belief(rows: Rows, choice: Choice, w: Any) -> np.ndarray:
+    """Calibrated probability that a model gives to the given label of each training row."""
+    log_p = log_probabilities(choice.temperature * rows.predictor(w)[: rows.num_train], "softmax")
+    return np.exp(log_p[np.arange(rows.num_train), rows.y[: rows.num_train]])
+
+
+def second_look(rows: Rows, plan: Plan, found: Fit) -> Plan:
+    """The plan with the weight of each training row replaced by how far its fit believes the label.
+
+    Each part believes its own model, which has not seen the trusted rows that judge the part.
+    """
+    n = rows.num_train
+    parts = [
+        Part(np.concatenate([belief(rows, found.choice, w), part.weights[n:]]), part.held_out)
+        for part, w in zip(plan.parts, found.choice.models, strict=True)
+    ]
+    refit = np.concatenate([belief(rows, found.choice, found.w), plan.weights[n:]])
+    return Plan(parts, refit)
+
+
 def baselines(rows: Rows, truth: np.ndarray | None) -> dict[str, Fit]:
-    """Fits without learned weights, their penalties chosen on the trusted examples in the same way.
+    """Fits without hypergradients, their penalties chosen on the trusted examples in the same way.
 
     `noisy`: the training rows as they are; `trusted`: the trusted rows alone; `pooled`: both;
-    `oracle`, where the truth is known: the training rows with true labels.
+    `self_trained`: `pooled` and a second look; `oracle`, where the truth is known: the training rows
+    with true labels.
     """
     train, trusted = np.ones(rows.num_train), np.ones(rows.num_trusted)
     folds = [rows.fold == fold for fold in range(rows.num_folds)]
-    noisy = [Part(np.concatenate([train, 0 * trusted]), trusted > 0)]
-    plans: dict[str, tuple[list[Part], np.ndarray | None]] = {
-        "noisy": (noisy, None),
-        "trusted": ([Part(np.concatenate([0 * train, ~out]), out) for out in folds], None),
-        "pooled": ([Part(np.concatenate([train, ~out]), out) for out in folds], None),
+
+    def with_trusted(weights: np.ndarray) -> Plan:
+        parts = [Part(np.concatenate([weights, ~out]), out) for out in folds]
+        return Plan(parts, np.concatenate([weights, trusted]))
+
+    without = np.concatenate([train, 0 * trusted])
+    noisy = Plan([Part(without, trusted > 0)], without)
+    pooled = with_trusted(train)
+    fits = {
+        name: fit(rows, plan)
+        for name, plan in {
+            "noisy": noisy,
+            "trusted": with_trusted(0 * train),
+            "pooled": pooled,
+        }.items()
     }
+    fits["self_trained"] = fit(rows, second_look(rows, pooled, fits["pooled"]))
     if truth is not None:
-        plans["oracle"] = (noisy, np.concatenate([truth, rows.trusted_y]))
-    fits = {}
-    for name, (parts, y) in plans.items():
-        choice = choose(rows, parts, y)
-        weights = np.concatenate(
-            [0 * train if name == "trusted" else train, trusted * (name in ("trusted", "pooled"))]
-        )
-        fits[name] = Fit(choice, rows.fit(weights, choice.penalty, rows.start, y=y))
+        fits["oracle"] = fit(rows, noisy._replace(y=np.concatenate([truth, rows.trusted_y])))
     return fits
 
 

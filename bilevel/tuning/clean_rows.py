@@ -20,9 +20,9 @@ from bilevel.tuning.splits import CleanSplit
 LEARNING_PENALTY = 0.2
 """Penalty of the model through which the weights are learned, for features of mean variance 1.
 
-Strong, so that the model cannot memorise wrong labels. It matters little: on digits .1 to 1 give the
-same accuracy within half a point. As a second outer variable it goes to zero, since a thousand weights
-and a weak penalty fit the trusted examples perfectly.
+Strong, so that the model cannot memorise wrong labels. It matters little: on digits .05 and 1 give the
+same accuracy (`benchmarks/cleaning.py --learning-penalty 1`). As a second outer variable it goes to zero,
+since a thousand weights and a weak penalty fit the trusted examples perfectly.
 """
 
 MAX_FOLDS = 4
@@ -87,9 +87,9 @@ class Rows:
             jnp.asarray(used / used.sum()),
         )
 
-    def trusted_predictor(self, w: Any) -> np.ndarray:
-        """Linear predictor of the trusted rows."""
-        return self.X[self.num_train :] @ np.asarray(w["coef"]) + np.asarray(w["intercept"])
+    def predictor(self, w: Any) -> np.ndarray:
+        """Linear predictor of all rows (training, then trusted)."""
+        return self.X @ np.asarray(w["coef"]) + np.asarray(w["intercept"])
 
 
 def range_scale(X: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -29,6 +29,8 @@ class Table:
     """The labels by class index; None for regression."""
     features: tuple[str, ...]
     target: str
+    trusted: np.ndarray | None = None
+    """Which rows a column marks as trusted, (n_samples,), bool; None where no column was named."""
 
     @property
     def task(self) -> str:
@@ -38,10 +40,11 @@ class Table:
         return "logistic" if len(self.classes) == 2 else "softmax"
 
 
-def load_table(source: str, target: str | None) -> Table:
+def load_table(source: str, target: str | None, trusted: str | None = None) -> Table:
     """The table behind a path or a bundled name, checked; raises `InputError`.
 
-    A bundled name wins over a file of that name (write `./digits` for the file).
+    `trusted` names a column that is no feature but marks rows. A bundled name wins over a file of that
+    name (write `./digits` for the file).
     """
     bundled = source in BUNDLED
     if not bundled:
@@ -50,7 +53,7 @@ def load_table(source: str, target: str | None) -> Table:
             raise InputError(f"no target for {source!r}; expected --target COLUMN")
     require_tune_extra()
     frame = _load_bundled(source) if bundled else _read_csv(source)
-    return check_table(frame, source, "target" if target is None else target)
+    return check_table(frame, source, "target" if target is None else target, trusted)
 
 
 def _check_file(path: str) -> None:
@@ -118,25 +121,49 @@ def _is_number(text: str) -> bool:
     return True
 
 
-def check_table(frame: Any, name: str, target: str) -> Table:
-    """Features and target of a data frame, or `InputError` naming the column at fault."""
+def check_table(frame: Any, name: str, target: str, trusted: str | None = None) -> Table:
+    """Features, target and trusted rows of a data frame, or `InputError` naming what is at fault."""
     names = [str(column) for column in frame.columns]
+    shown = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
     if target not in names:
-        shown = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
         raise InputError(
             f"no column {target!r} in {name!r}; expected --target to be one of {shown}"
         )
+    if trusted is not None and trusted not in names:
+        raise InputError(
+            f"no column {trusted!r} in {name!r}; expected --trusted to be a number of rows or one of "
+            + shown
+        )
+    if trusted == target:
+        raise InputError(f"--trusted and --target are both {target!r}; expected two columns")
     if len(frame) < 2:
         raise InputError(f"{name!r} has {len(frame)} rows; expected at least 2")
-    features = [column for column in names if column != target]
+    features = [column for column in names if column not in (target, trusted)]
     if not features:
         raise InputError(f"{name!r} has no column beside {target!r}; expected at least one feature")
+    marks = None if trusted is None else _marks(frame.iloc[:, names.index(trusted)], trusted)
     y, classes = _target(frame.iloc[:, names.index(target)], target)
     columns = [_numbers(frame.iloc[:, names.index(c)], f"column {c!r}") for c in features]
     X = np.stack(columns, axis=1)
     if not np.any(np.ptp(X, axis=0) > 0):
         raise InputError(f"every feature of {name!r} is constant; expected one that varies")
-    return Table(name, X, y, classes, tuple(features), target)
+    return Table(name, X, y, classes, tuple(features), target, marks)
+
+
+MARKS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+"""What a column of trusted rows may hold, in any case."""
+
+
+def _marks(column: Any, name: str) -> np.ndarray:
+    """Marked rows, refused with the row (counted from 1) of the first value that is no mark."""
+    values = [MARKS.get(str(value).strip().lower().removesuffix(".0")) for value in column]
+    if None in values:
+        row = values.index(None)
+        raise InputError(
+            f"column {name!r} holds {str(column.iloc[row])[:40]!r} in row {row + 1}; expected true or "
+            "false, yes or no, 1 or 0 in every row"
+        )
+    return np.asarray(values, bool)
 
 
 def _numbers(column: Any, what: str) -> np.ndarray:

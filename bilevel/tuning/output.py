@@ -6,15 +6,17 @@ import math
 import os
 import platform
 import tempfile
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from bilevel.tuning.errors import InputError
 
-FILES = ("result.json", "model.npz")
+FILES = ("result.json", "model.npz", "suspects.csv")
 
 
 class Outcome(NamedTuple):
@@ -27,6 +29,8 @@ class Outcome(NamedTuple):
     text: str
     """The table."""
     target: str
+    texts: Mapping[str, str] = MappingProxyType({})
+    """Further text files by name."""
 
 
 class OutDir:
@@ -80,9 +84,16 @@ class OutDir:
             with contextlib.suppress(OSError):
                 directory.rmdir()
 
-    def write(self, result: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
-        """Both files, the result last: where there is a `result.json`, its model is there too."""
+    def write(
+        self,
+        result: dict[str, Any],
+        arrays: dict[str, np.ndarray],
+        texts: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
+        """All files, the result last: where there is a `result.json`, the others are there too."""
         text = json.dumps(plain(result), indent=2, allow_nan=False) + "\n"
+        for name, content in texts.items():
+            self._put(name, lambda file, content=content: file.write(content.encode()))
         self._put("model.npz", lambda file: np.savez_compressed(file, **arrays))  # type: ignore[arg-type]
         self._put("result.json", lambda file: file.write(text.encode()))
 

@@ -78,17 +78,27 @@ def default_train(num_rows: int, trusted: int) -> int:
     return count // unit * unit
 
 
-def clean_split(table: Table, trusted: int, train: int | None, seed: int) -> CleanSplit:
-    """Trusted, training and test rows, stratified by class."""
+def clean_split(table: Table, trusted: int | None, train: int | None, seed: int) -> CleanSplit:
+    """Trusted, training and test rows, stratified by class.
+
+    `trusted` of them are drawn at random; None takes the rows that the table marks.
+    """
     assert table.classes is not None
     num_rows = len(table.y)
+    marked = table.trusted if trusted is None else None
+    if marked is not None:
+        trusted = int(marked.sum())
+    assert trusted is not None
     train = default_train(num_rows, trusted) if train is None else train
     if num_rows - trusted - train < 2:
         raise InputError(
             f"{table.name!r} has {num_rows} rows; expected at least {trusted + train + 2}: "
             f"{trusted} trusted, {train} for training and 2 for the test"
         )
-    rest, trusted_rows = _stratified(table, np.arange(num_rows), trusted, seed, "--trusted")
+    if marked is None:
+        rest, trusted_rows = _stratified(table, np.arange(num_rows), trusted, seed, "--trusted")
+    else:
+        rest, trusted_rows = np.flatnonzero(~marked), np.flatnonzero(marked)
     test, train_rows = _stratified(table, rest, train, seed, "--train")
     for rows, least, what in ((trusted_rows, 2, "trusted"), (train_rows, 1, "training")):
         counts = np.bincount(table.y[rows], minlength=len(table.classes))

@@ -15,6 +15,12 @@ HEADER = "a,b,y\n"
 ROWS = "".join(f"{i % 7},{(i * 5) % 11},{i % 2}\n" for i in range(40))
 REGRESSION = HEADER + "".join(f"{i % 7},{(i * 5) % 11},{i * 0.37}\n" for i in range(40))
 
+
+def marked(mark) -> str:
+    lines = [f"{i % 7},{(i * 5) % 11},{i % 2},{mark(i)}" for i in range(40)]
+    return "\n".join(["a,b,y,sure", *lines])
+
+
 FILES = {
     "good.csv": HEADER + ROWS,
     "regression.csv": REGRESSION,
@@ -46,6 +52,12 @@ FILES = {
     "latin1.csv": b"a,b,y\n\xe9,1,0\n\xff,2,1\n",
     "binary.csv": bytes(range(256)) * 20,
     "quote.csv": HEADER + '"1,2,3\n',
+    "good_marks.csv": marked(lambda i: i < 12),
+    "no_marks.csv": marked(lambda i: "no"),
+    "all_marks.csv": marked(lambda i: 1),
+    "bad_marks.csv": marked(lambda i: "maybe" if i == 6 else "yes"),
+    "missing_marks.csv": marked(lambda i: "" if i == 6 else 1),
+    "number_marks.csv": marked(lambda i: i / 2),
 }
 
 TUNE = {
@@ -78,7 +90,7 @@ TUNE = {
 } | {
     f"file {name}": (f"{name} --target y", "expected")
     for name in FILES
-    if name not in ("good.csv", "regression.csv")
+    if name not in ("good.csv", "regression.csv") and "marks" not in name
 }
 
 CLEAN = {
@@ -97,6 +109,19 @@ CLEAN = {
     "unknown engine": ("good.csv --target y --trusted 10 --engine magic", "unknown engine"),
     "nan": ("nan.csv --target y --trusted 10", "missing values"),
     "out not empty": ("good.csv --target y --trusted 10 --out full", "not empty"),
+    "trusted is no column": ("good_marks.csv --target y --trusted sur", "no column 'sur'"),
+    "trusted is the target": ("good_marks.csv --target y --trusted y", "both 'y'"),
+    "trusted negative": ("good.csv --target y --trusted=-3", "--trusted"),
+    "trusted of a bundled set": ("wine --trusted sure", "no column 'sure'"),
+    "no row marked": ("no_marks.csv --target y --trusted sure", "0 trusted rows"),
+    "every row marked": ("all_marks.csv --target y --trusted sure", "40 trusted"),
+    "mark is no mark": ("bad_marks.csv --target y --trusted sure", "'maybe' in row 7"),
+    "mark is missing": ("missing_marks.csv --target y --trusted sure", "'nan' in row 7"),
+    "mark is a number": ("number_marks.csv --target y --trusted sure", "'0.5' in row 2"),
+    "suspects.csv is a directory": (
+        "good.csv --target y --trusted 10 --out odd2 --force",
+        "is a dir",
+    ),
 }
 
 OTHER = {
@@ -121,6 +146,7 @@ def files(tmp_path_factory):
     (root / "full" / "result.json").write_text("precious")
     (root / "full" / "model.npz").write_text("precious")
     (root / "odd" / "result.json").mkdir(parents=True)
+    (root / "odd2" / "suspects.csv").mkdir(parents=True)
     return root
 
 

@@ -1,5 +1,6 @@
 """The commands end to end: the bars they must clear, and what they leave on disk."""
 
+import csv
 import json
 
 import jax
@@ -8,7 +9,8 @@ import pytest
 
 from bilevel import cli
 from bilevel.tuning import tune
-from bilevel.tuning.clean import KEEP, f1, optimise
+from bilevel.tuning.clean import optimise
+from bilevel.tuning.clean_findings import KEEP, selection_scores
 from bilevel.tuning.clean_fits import baselines, raw_model
 from bilevel.tuning.clean_rows import Rows
 from bilevel.tuning.data import load_table
@@ -55,35 +57,37 @@ def cleaning(seed: int):
     return rows, wrong, truth, accuracy
 
 
-def test_cleaning_beats_honest_baselines_with_two_engine_families():
-    found = {name: [] for name in ("noisy", "trusted", "pooled", "oracle", "implicit", "f2sa")}
-    kept = {"implicit": [], "f2sa": []}
+def f1_kept(cleaned, wrong) -> float:
+    return selection_scores(cleaned.weights > KEEP, ~wrong, "kept")["f1_kept"]
+
+
+def test_cleaning_beats_honest_baselines():
+    found: dict[str, list[float]] = {}
+    kept = []
     with jax.enable_x64(False):
         for seed in range(5):
             rows, wrong, truth, accuracy = cleaning(seed)
-            for name, fit in baselines(rows, truth).items():
-                found[name].append(accuracy(fit))
-            for engine in kept:
-                cleaned = optimise(rows, engine, quiet)
-                found[engine].append(accuracy(cleaned.fit))
-                kept[engine].append(f1(cleaned.weights > KEEP, ~wrong))
+            cleaned = optimise(rows, "implicit", quiet)
+            kept.append(f1_kept(cleaned, wrong))
+            for name, fit in {**baselines(rows, truth), "cleaned": cleaned.fit}.items():
+                found.setdefault(name, []).append(accuracy(fit))
     mean = {name: float(np.mean(values)) for name, values in found.items()}
     print(mean)
     assert mean["oracle"] > 0.95
-    for engine, values in kept.items():
-        assert mean[engine] >= 0.915
-        assert mean[engine] >= max(mean["noisy"], mean["trusted"]) + 0.015
-        assert mean[engine] >= mean["pooled"] + 0.01
-        assert np.mean(values) >= 0.88
+    assert mean["cleaned"] >= 0.93
+    assert mean["cleaned"] >= max(mean["noisy"], mean["trusted"]) + 0.03
+    assert mean["cleaned"] >= mean["pooled"] + 0.02
+    assert np.mean(kept) >= 0.95
 
 
-@pytest.mark.parametrize("engine", ["unrolled", "moreau"])
+@pytest.mark.parametrize("engine", ["unrolled", "f2sa", "moreau"])
 def test_the_other_engines_clean(engine):
     with jax.enable_x64(False):
         rows, wrong, _, accuracy = cleaning(1)
         cleaned = optimise(rows, engine, quiet)
-        assert accuracy(cleaned.fit) >= 0.91
-        assert f1(cleaned.weights > KEEP, ~wrong) >= 0.88
+        # On this seed the noisy, trusted and pooled fits reach 0.874, 0.904 and 0.897.
+        assert accuracy(cleaned.fit) >= 0.92
+        assert f1_kept(cleaned, wrong) >= 0.93
 
 
 REQUIRED = {
@@ -155,21 +159,59 @@ def test_tune_command_for_regression(tmp_path, capsys):
 def test_clean_command(tmp_path, capsys):
     line = "clean wine --trusted 24 --seed 2"
     result, model, text = run(f"{line} --flip 0.3", tmp_path / "flip", capsys)
-    assert set(result["baselines"]) == {"noisy", "trusted", "pooled", "oracle"}
+    names = {"noisy", "trusted", "pooled", "self_trained", "oracle"}
+    assert set(result["baselines"]) == names
     kept, flipped = model["kept"], model["flipped"]
     np.testing.assert_array_equal(kept, model["weights"] > KEEP)
-    assert result["f1_kept"] == f1(kept, ~flipped)
-    assert result["f1_thrown"] == f1(~kept, flipped)
-    assert "F1 of the kept" in text
+    assert result.items() >= selection_scores(kept, ~flipped, "kept").items()
+    assert result.items() >= selection_scores(~kept, flipped, "thrown").items()
+    assert "of the thrown precision" in text
     table = load_table("wine", None)
     np.testing.assert_array_equal(model["labels"] != table.y[model["train_rows"]], flipped)
     f = table.X[model["test_rows"]] @ model["coef"] + model["intercept"]
     accuracy = np.mean(f.argmax(axis=1) == table.y[model["test_rows"]])
     assert accuracy == result["test_accuracy"]
+    assert f"verdict: {result['verdict']}" in text
+
+    suspects = result["suspects"]
+    assert len(suspects) == (~kept).sum()
+    weights = dict(zip(model["train_rows"].tolist(), model["weights"].tolist(), strict=True))
+    given = dict(zip(model["train_rows"].tolist(), model["labels"].tolist(), strict=True))
+    predicted = dict(zip(model["train_rows"].tolist(), model["predicted"].tolist(), strict=True))
+    # The weight is a probability of one class of three.
+    agrees = model["predicted"] == model["labels"]
+    assert np.all(agrees[model["weights"] > 0.5])
+    assert not np.any(agrees[model["weights"] < 1 / 3])
+    assert [one["weight"] for one in suspects] == sorted(weights.values())[: len(suspects)]
+    for one in suspects:
+        row = one["row"]
+        assert (one["weight"], one["given"]) == (weights[row], given[row])
+        assert one["predicted"] == predicted[row]
+    with (tmp_path / "flip" / "suspects.csv").open() as file:
+        rows = [{key: float(value) for key, value in one.items()} for one in csv.DictReader(file)]
+    assert rows == suspects
 
     result, model, text = run(line, tmp_path / "plain", capsys)
     assert result["f1_kept"] is None
-    assert result["f1_thrown"] is None
+    assert result["precision_thrown"] is None
     assert "oracle" not in result["baselines"]
     assert "F1" not in text
     assert not model["flipped"].any()
+
+
+def test_clean_command_takes_marked_rows(tmp_path, capsys):
+    table = load_table("wine", None)
+    marked = np.arange(178) % 7 == 0
+    lines = [",".join(f"f{i}" for i in range(13)) + ",kind,sure"]
+    for row, y, mark in zip(table.X, table.y, marked, strict=True):
+        lines.append(",".join(map(repr, row.tolist())) + f",{'abc'[y]},{'yes' if mark else 'No'}")
+    path = tmp_path / "wine.csv"
+    path.write_text("\n".join(lines))
+    line = f"clean {path} --target kind --trusted sure --flip 0.3"
+    result, model, _ = run(line, tmp_path / "out", capsys)
+    np.testing.assert_array_equal(model["trusted_rows"], np.flatnonzero(marked))
+    assert model["features"].tolist() == [f"f{i}" for i in range(13)]
+    others = np.sort(np.concatenate([model["train_rows"], model["test_rows"]]))
+    np.testing.assert_array_equal(others, np.flatnonzero(~marked))
+    assert result["rows"]["trusted"] == marked.sum()
+    assert {one["given"] for one in result["suspects"]} <= set("abc")
