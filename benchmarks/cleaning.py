@@ -54,7 +54,7 @@ def run(data: str, trusted: int, flip: float, seeds: int, engines: list[str]) ->
             entry = tested(cleaned.fit) | {
                 "f1_kept": f1(kept, ~wrong),
                 "f1_thrown": f1(~kept, wrong),
-                "status": cleaned.status.name,
+                "status": cleaned.steps.status.name,
                 "seconds": time.perf_counter() - start,
                 "cpu_seconds": time.process_time() - cpu_start,
             }

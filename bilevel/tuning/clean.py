@@ -1,7 +1,8 @@
 """`bilevel clean`: one weight per training example, learned on a few trusted ones."""
 
+import dataclasses
+import functools
 import math
-import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -10,13 +11,14 @@ import numpy as np
 import optax
 
 import bilevel as bl
-from bilevel.tuning import engines, output
+from bilevel.tuning import output
 from bilevel.tuning.clean_fits import Fit, Part, baselines, choose, raw_model
 from bilevel.tuning.clean_rows import Rows
 from bilevel.tuning.data import Table
 from bilevel.tuning.output import Outcome
 from bilevel.tuning.scores import log_probabilities, scores
 from bilevel.tuning.splits import CleanSplit, flip_labels
+from bilevel.tuning.steps import run_steps, step_fields, timed, took
 
 NUM_STEPS = 10
 """Outer steps. More of them fit the trusted examples ever better and the test set worse."""
@@ -36,51 +38,64 @@ class Cleaned(NamedTuple):
 
     weights: np.ndarray
     fit: Fit
-    status: bl.Status
+    steps: bl.Result
 
 
-def learn(rows: Rows, used: np.ndarray, engine: str) -> Any:
-    """Weights of the training examples from the trusted rows in use; a result of `bilevel.run`."""
+def learn(
+    rows: Rows,
+    used: np.ndarray,
+    engine: str,
+    say: Callable[[str], None],
+    *,
+    num_steps: int = NUM_STEPS,
+    progress: bool = False,
+) -> bl.Result:
+    """Weights of the training examples from the trusted rows in use."""
     rescale = optax.normalize_by_update_norm(math.sqrt(rows.num_train))
-    return engines.check(
-        bl.run(
-            rows.problem(used),
-            jnp.full(rows.num_train, KEEP),
-            rows.start,
-            num_steps=NUM_STEPS,
-            chunk=NUM_STEPS,
-            progress=False,
-            throw=False,
-            solver=engines.inner_solver(engine),
-            engine=engines.make_engine(engine),
-            outer=optax.chain(rescale, optax.sgd(LEARNING_RATE, momentum=0.9)),
-            transform=bl.transforms.Sigmoid(),
-        )
+    return run_steps(
+        rows.problem(used),
+        jnp.full(rows.num_train, KEEP),
+        rows.start,
+        engine=engine,
+        num_steps=num_steps,
+        say=say,
+        progress=progress,
+        outer=optax.chain(rescale, optax.sgd(LEARNING_RATE, momentum=0.9)),
+        transform=bl.transforms.Sigmoid(),
     )
 
 
-def optimise(rows: Rows, engine: str, say: Callable[[str], None]) -> Cleaned:
+def optimise(
+    rows: Rows, engine: str, say: Callable[[str], None], *, progress: bool = False
+) -> Cleaned:
     """Learn the weights on all trusted rows; choose a penalty; refit with weights and trusted rows.
 
     For the choice, the weights are learned anew on each part of the trusted rows: those learned on
-    all of them have seen the rows that judge.
+    all of them have seen the rows that judge. Runs that follow an interrupted one take no step.
     """
-    parts, statuses = [], []
+    everything = np.ones(rows.num_trusted, bool)
+    runs = [learn(rows, everything, engine, say, progress=progress)]
+    say("weights learned on all trusted examples")
+    parts = []
     for fold in range(rows.num_folds):
         held_out = rows.fold == fold
-        found = learn(rows, ~held_out, engine)
-        statuses.append(found.status)
+        num_steps = 0 if any(run.stopped == "interrupted" for run in runs) else NUM_STEPS
+        found = learn(rows, ~held_out, engine, say, num_steps=num_steps, progress=progress)
+        runs.append(found)
         parts.append(Part(np.concatenate([found.lam, ~held_out]), held_out))
         say(f"weights learned without fold {fold + 1} of {rows.num_folds} of the trusted examples")
     choice = choose(rows, parts)
     say(
         f"penalty {choice.penalty:.3g}: loss {choice.held_out_loss:.4f} on held-out trusted examples"
     )
-    everything = np.ones(rows.num_trusted, bool)
-    found = learn(rows, everything, engine)
-    weights = np.asarray(found.lam)
-    w = rows.fit(np.concatenate([weights, everything]), choice.penalty, found.w)
-    return Cleaned(weights, Fit(choice, w), max([*statuses, found.status]))
+    weights = np.asarray(runs[0].lam)
+    w = rows.fit(np.concatenate([weights, everything]), choice.penalty, runs[0].w)
+    steps = dataclasses.replace(
+        runs[0],
+        status=max(run.status for run in runs),
+        stopped=next((run.stopped for run in runs if run.stopped == "interrupted"), "num_steps"),
+    )
+    return Cleaned(weights, Fit(choice, w), steps)
 
 
 def clean(
@@ -102,14 +117,7 @@ def clean(
         f"{table.name}: {rows.num_train} training rows{known}, {rows.num_trusted} trusted, "
         f"{len(split.test)} for the test"
     )
-    seconds = {}
-    started = time.perf_counter()
-    cleaned = optimise(rows, engine, say)
-    seconds["cold"] = time.perf_counter() - started
-    started = time.perf_counter()
-    optimise(rows, engine, lambda _: None)
-    seconds["warm"] = time.perf_counter() - started
-    say(f"{seconds['cold']:.2f} s with compilation, {seconds['warm']:.2f} s again without")
+    cleaned, seconds = timed(functools.partial(optimise, rows, engine), say)
     say("baselines with their penalties chosen on the trusted examples")
     fits = baselines(rows, truth if flip > 0 else None)
     kept = cleaned.weights > KEEP
@@ -119,8 +127,7 @@ def clean(
         "rows": {"train": rows.num_train, "trusted": rows.num_trusted, "test": len(split.test)},
         "flip": flip,
         "seconds": seconds,
-        "status": cleaned.status.name,
-        "outer_steps": NUM_STEPS,
+        **step_fields(cleaned.steps),
         "hyperparameters": {
             "penalty": cleaned.fit.choice.penalty,
             "temperature": cleaned.fit.choice.temperature,
@@ -209,6 +216,5 @@ def _text(table: Table, engine: str, result: dict[str, Any]) -> str:
     return (
         f"\n{output.table(header, lines)}\n\n"
         f"kept {weights['kept']} of {weights['count']} training examples{ending}; status "
-        f"{result['status']}; {result['seconds']['cold']:.2f} s with compilation, "
-        f"{result['seconds']['warm']:.2f} s without."
+        f"{result['status']}; {took(result['seconds'])}."
     )
