@@ -1,6 +1,5 @@
 """`bilevel clean`: one weight per training example, learned on a few trusted ones."""
 
-import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -18,7 +17,7 @@ from bilevel.tuning.data import Table
 from bilevel.tuning.output import Outcome
 from bilevel.tuning.scores import log_probabilities, scores
 from bilevel.tuning.splits import CleanSplit, flip_labels
-from bilevel.tuning.steps import run_steps, step_fields, timed, took
+from bilevel.tuning.steps import Steps, run_steps, step_fields, timed, took
 
 NUM_STEPS = 10
 """Outer steps. More of them fit the trusted examples ever better and the test set worse."""
@@ -38,7 +37,7 @@ class Cleaned(NamedTuple):
 
     weights: np.ndarray
     fit: Fit
-    steps: bl.Result
+    steps: Steps
 
 
 def learn(
@@ -79,7 +78,7 @@ def optimise(
     parts = []
     for fold in range(rows.num_folds):
         held_out = rows.fold == fold
-        num_steps = 0 if any(run.stopped == "interrupted" for run in runs) else NUM_STEPS
+        num_steps = 0 if _interrupted(runs) else NUM_STEPS
         found = learn(rows, ~held_out, engine, say, num_steps=num_steps, progress=progress)
         runs.append(found)
         parts.append(Part(np.concatenate([found.lam, ~held_out]), held_out))
@@ -90,12 +89,14 @@ def optimise(
     )
     weights = np.asarray(runs[0].lam)
     w = rows.fit(np.concatenate([weights, everything]), choice.penalty, runs[0].w)
-    steps = dataclasses.replace(
-        runs[0],
-        status=max(run.status for run in runs),
-        stopped=next((run.stopped for run in runs if run.stopped == "interrupted"), "num_steps"),
-    )
+    # One word for all runs: the worst status, and whether any of them was interrupted.
+    stopped = "interrupted" if _interrupted(runs) else runs[0].stopped
+    steps = Steps(runs[0].history, max(run.status for run in runs), stopped)
     return Cleaned(weights, Fit(choice, w), steps)
+
+
+def _interrupted(runs: list[bl.Result]) -> bool:
+    return any(run.stopped == "interrupted" for run in runs)
 
 
 def clean(

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable
-from typing import Any, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import optax
@@ -54,11 +54,19 @@ def run_steps(
     return result
 
 
+class Steps(NamedTuple):
+    """How outer steps went; a `bilevel.Result` says the same and more."""
+
+    history: bl.History
+    status: bl.Status
+    stopped: str
+
+
 class Stepped(Protocol):
-    """An outcome that knows how its outer steps went."""
+    """The outcome of an optimisation."""
 
     @property
-    def steps(self) -> bl.Result: ...
+    def steps(self) -> Steps | bl.Result: ...
 
 
 T = TypeVar("T", bound=Stepped)
@@ -86,13 +94,13 @@ def took(seconds: dict[str, Any]) -> str:
     return text if seconds["warm"] is None else f"{text}, {seconds['warm']:.2f} s without"
 
 
-def step_fields(result: bl.Result) -> dict[str, Any]:
+def step_fields(steps: Steps | bl.Result) -> dict[str, Any]:
     """What `result.json` says about the steps: how they ended, and a list entry for each of them."""
-    history = result.history
+    history = steps.history
     statuses = [bl.Status(int(status)) for status in history.status]
     return {
-        "status": result.status.name,
-        "stopped": result.stopped,
+        "status": steps.status.name,
+        "stopped": steps.stopped,
         "outer_steps": len(statuses),
         "history": {
             "objective": np.asarray(history.outer_value),
