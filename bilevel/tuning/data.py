@@ -153,5 +153,7 @@ def labels_of(column: Any) -> list[str]:
     import pandas as pd
 
     if pd.api.types.is_numeric_dtype(column) and not pd.api.types.is_bool_dtype(column):
-        return [f"{value:.0f}" if value == round(value) else str(value) for value in column.fillna(0.5)]
+        return [
+            f"{value:.0f}" if value == round(value) else str(value) for value in column.fillna(0.5)
+        ]
     return [str(value) for value in column]

@@ -12,8 +12,8 @@ class InputError(ValueError):
 
 
 def require_tune_extra() -> None:
-    """scikit-learn and pandas are optional: say which extra brings them."""
-    for module in ("sklearn", "pandas"):
+    """scikit-learn, pandas and what they need are optional: say which extra brings them."""
+    for module in ("sklearn", "pandas", "pyarrow", "jinja2"):
         try:
             __import__(module)
         except ImportError as error:

@@ -1,4 +1,4 @@
-"""What a command leaves on disk: `result.json` and `model.npz`, never half written."""
+"""What a command leaves on disk: `result.json`, `model.npz`, `report.html`, never half written."""
 
 import contextlib
 import json
@@ -6,6 +6,7 @@ import math
 import os
 import platform
 import tempfile
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,7 +15,7 @@ import numpy as np
 
 from bilevel.tuning.errors import InputError
 
-FILES = ("result.json", "model.npz")
+FILES = ("result.json", "model.npz", "report.html")
 
 
 class Outcome(NamedTuple):
@@ -86,26 +87,34 @@ class OutDir:
         self._put("model.npz", lambda file: np.savez_compressed(file, **arrays))  # type: ignore[arg-type]
         self._put("result.json", lambda file: file.write(text.encode()))
 
-    def _put(self, name: str, write: Any) -> None:
-        final = self.path / name
-        handle, temporary = tempfile.mkstemp(dir=self.path, prefix=".bilevel-")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                write(file)
-                file.flush()
-                os.fsync(file.fileno())
-            umask = os.umask(0)
-            os.umask(umask)
-            os.chmod(temporary, 0o666 & ~umask)
-            if self.force:
-                os.replace(temporary, final)
-            else:
-                # A link fails where the name exists, a rename would replace a file that appeared
-                # during the run.
-                _link(temporary, final)
-        finally:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(temporary)
+    def add(self, name: str, text: str) -> None:
+        """One more file, after the results."""
+        self._put(name, lambda file: file.write(text.encode()))
+
+    def _put(self, name: str, write: Callable[[Any], object]) -> None:
+        put(self.path / name, write, self.force)
+
+
+def put(final: Path, write: Callable[[Any], object], force: bool) -> None:
+    """A whole file or none; without `force`, FileExistsError where there is one of that name."""
+    handle, temporary = tempfile.mkstemp(dir=final.parent, prefix=".bilevel-")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)
+        if force:
+            os.replace(temporary, final)
+        else:
+            # A link fails where the name exists, a rename would replace a file that appeared during
+            # the run.
+            _link(temporary, final)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
 
 
 def _link(temporary: str, final: Path) -> None:

@@ -51,7 +51,9 @@ def predict(saved: Saved, source: str) -> Predictions:
     log_p = log_probabilities(f, task)
     table = {"prediction": classes[log_p.argmax(axis=1)]}
     table |= {f"p_{label}": np.exp(log_p[:, i]) for i, label in enumerate(classes.tolist())}
-    return Predictions(_csv(table), None if truth is None else _score_classes(log_p, classes, truth))
+    return Predictions(
+        _csv(table), None if truth is None else _score_classes(log_p, classes, truth)
+    )
 
 
 def _csv(columns: dict[str, np.ndarray]) -> str:

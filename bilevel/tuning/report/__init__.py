@@ -28,4 +28,4 @@ def render(saved: Saved, X: np.ndarray | None = None) -> str:
 
 
 def _read(name: str) -> str:
-    return importlib.resources.files(__package__).joinpath(name).read_text("utf-8")
+    return importlib.resources.files(__name__).joinpath(name).read_text("utf-8")

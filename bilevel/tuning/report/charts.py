@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -67,7 +68,7 @@ class Image(NamedTuple):
     shades: list[tuple[float, str]]
 
 
-def line(values: list[float | None], texts: list[str], bad: list[bool], *, log: bool) -> Line:
+def line(values: Sequence[float | None], texts: list[str], bad: list[bool], *, log: bool) -> Line:
     """Values against the steps 1, 2, ...; missing ones, and with `log` those not positive, are left out."""
     shown = [
         (step, float(value))
@@ -88,7 +89,7 @@ def line(values: list[float | None], texts: list[str], bad: list[bool], *, log: 
         )
         for step, value in shown
     ]
-    steps = sorted({round(tick) for tick in linear_ticks(1, last) if 1 <= tick <= last} | {1})
+    steps = range(1, last + 1, max(round(last / 5), 1))
     return Line(
         " ".join(f"{dot.x},{dot.y}" for dot in dots),
         dots,
@@ -153,7 +154,12 @@ def linear_ticks(low: float, high: float) -> list[float]:
 
 
 def log_ticks(low: float, high: float) -> list[float]:
-    """At most six powers of ten that enclose the interval."""
+    """At most six powers of ten that enclose the interval, or 1, 2 and 5 times them where it is short."""
+    if high < 8 * low:
+        marks = [m * 10.0**e for e in range(-323, 309) for m in (1, 2, 5)]
+        first = max(i for i, mark in enumerate(marks) if mark <= low * (1 + 1e-9))
+        last = min(i for i, mark in enumerate(marks) if mark >= high * (1 - 1e-9))
+        return marks[first : max(last, first + 1) + 1]
     first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
     last = max(last, first + 1)
     stride = -(-(last - first) // 5)

@@ -65,16 +65,16 @@ def _summary(command: str, result: dict[str, Any]) -> str:
     task = result.get("task", "linear")
     if command == "clean":
         flipped = result.get("flip") or 0
-        made_wrong = f" ({100 * flipped:.0f} % of them made wrong on purpose)" if flipped else ""
+        made_wrong = f", {100 * flipped:.0f} % of them made wrong on purpose," if flipped else ""
         return (
-            f"One weight for each of {rows.get('train', 'the')} training examples of "
-            f"{result.get('data')} was learned so that a {task} regression does well on "
-            f"{rows.get('trusted', 'the')} trusted examples{made_wrong}; the model was refitted with "
+            f"One weight for each of {rows.get('train', 'the')} training labels of "
+            f"{result.get('data')}{made_wrong} was learned so that a {task} regression does well on "
+            f"{rows.get('trusted', 'the')} trusted examples; the model was refitted with "
             f"these weights and tested once, on {rows.get('test', 'the other')} rows."
         )
     penalties = "penalties" if "penalties" in _hyperparameters(result) else "penalty"
     return (
-        f"The {penalties} of a {task} regression of {result['target']} in {result.get('data')} "
+        f"The {penalties} of a {task} regression on {result.get('data')} (target: {result['target']}) "
         f"followed the hypergradient of the cross-validated loss"
         f"{_over(result)}; the model was refitted on all {rows.get('train', '')} training rows and "
         f"tested once, on {rows.get('test', 'the other')} rows."
@@ -103,7 +103,9 @@ def _verdict(result: dict[str, Any], score: str, score_name: str) -> str | None:
         return None
     best = max(others, key=lambda name: others[name])
     gap = own - others[best]
-    place = "the same as" if abs(gap) < 5e-5 else f"{abs(gap):.4f} {'above' if gap > 0 else 'below'}"
+    place = (
+        "the same as" if abs(gap) < 5e-5 else f"{abs(gap):.4f} {'above' if gap > 0 else 'below'}"
+    )
     return (
         f"{score_name.capitalize()} {output.fixed(own)}, {place} the best baseline "
         f"({BASELINES.get(best, best)}). One split is one draw."
@@ -190,17 +192,17 @@ def _penalties(result: dict[str, Any], arrays: dict[str, np.ndarray]) -> dict[st
 
 
 def _weights(result: dict[str, Any], arrays: dict[str, np.ndarray]) -> dict[str, Any] | None:
+    """The histogram of the learned weights."""
     weights = arrays.get("weights")
     if weights is None or weights.ndim != 1 or weights.dtype.kind != "f" or not len(weights):
         return None
-    summary = _hyperparameters(result).get("weights") or {}
-    return {
-        "histogram": charts.histogram(weights, 0.5),
-        "count": len(weights),
-        "kept": summary.get("kept"),
-        "precision": output.fixed(result.get("f1_thrown")),
-        "f1": None if result.get("f1_thrown") is None else f"{result['f1_thrown']:.3f}",
-    }
+    note = f" {int(np.sum(weights > 0.5))} of {len(weights)} are kept."
+    if result.get("f1_thrown") is not None:
+        note += (
+            f" The labels made wrong on purpose are found with an F1 score of "
+            f"{result['f1_thrown']:.3f}."
+        )
+    return {"histogram": charts.histogram(weights, 0.5), "note": note}
 
 
 def _suspects(
@@ -241,7 +243,7 @@ def _baselines(
     own = result | {"penalty": hyperparameters.get("penalty", hyperparameters.get("level"))}
     loss = "loss on held-out trusted examples" if command == "clean" else "cross-validated loss"
 
-    def line(name: str, row: dict[str, Any]) -> list[str]:
+    def line(name: Any, row: dict[str, Any]) -> list[str]:
         numbers = [output.fixed(row.get(key)) for key in ("cv_loss", "test_loss", score)]
         return [name, _number(row.get("penalty")) or "–", *numbers]
 
