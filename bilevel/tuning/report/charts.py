@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -94,7 +94,10 @@ def line(values: Sequence[float | None], texts: list[str], bad: list[bool], *, l
         " ".join(f"{dot.x},{dot.y}" for dot in dots),
         dots,
         [Tick(_scale(step, 1, last, LEFT + 8, RIGHT - 8), str(step)) for step in steps],
-        [Tick(_scale(warp(v), bottom, top, BOTTOM, TOP), short(v)) for v in ticks],
+        [
+            Tick(_scale(warp(v), bottom, top, BOTTOM, TOP), label)
+            for v, label in zip(ticks, labels(ticks), strict=True)
+        ],
     )
 
 
@@ -155,20 +158,30 @@ def linear_ticks(low: float, high: float) -> list[float]:
 
 def log_ticks(low: float, high: float) -> list[float]:
     """At most six powers of ten that enclose the interval, or 1, 2 and 5 times them where it is short."""
-    if high < 8 * low:
-        marks = [m * 10.0**e for e in range(-323, 309) for m in (1, 2, 5)]
-        first = max(i for i, mark in enumerate(marks) if mark <= low * (1 + 1e-9))
-        last = min(i for i, mark in enumerate(marks) if mark >= high * (1 - 1e-9))
-        return marks[first : max(last, first + 1) + 1]
     first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
+    if high < 8 * low:
+        marks = [m * 10.0**e for e in range(first, last + 1) for m in (1, 2, 5)]
+        above = sum(mark <= low for mark in marks)
+        below = sum(mark < high for mark in marks)
+        return marks[above - 1 : max(below, above) + 1]
     last = max(last, first + 1)
     stride = -(-(last - first) // 5)
     return [10.0**i for i in range(first, last + stride, stride)]
 
 
-def short(value: Any) -> str:
-    """A number of at most four digits, in plain notation where that is short."""
-    return f"{value:.4g}".replace("e-0", "e-").replace("e+0", "e")
+def labels(ticks: list[float]) -> list[str]:
+    """The fewest digits, from four, that tell the ticks apart."""
+    found = []
+    for digits in range(4, 17):
+        found = [short(tick, digits) for tick in ticks]
+        if len(set(found)) == len(found):
+            break
+    return found
+
+
+def short(value: float, digits: int = 4) -> str:
+    """A number in few digits, in plain notation where that is short."""
+    return f"{value:.{digits}g}".replace("e-0", "e-").replace("e+0", "e")
 
 
 def _scale(value: float, low: float, high: float, start: float, end: float) -> float:

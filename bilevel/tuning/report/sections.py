@@ -35,11 +35,12 @@ BASELINES = {
 
 def make_sections(saved: Saved, X: np.ndarray | None) -> dict[str, Any]:
     """All that the template asks for."""
-    result, arrays = saved.result, saved.arrays
+    arrays = saved.arrays
+    result = {key: value for key, value in saved.result.items() if value is not None}
     command = str(result.get("command", "run"))
     score, score_name = _score_key(result)
     return {
-        "title": f"bilevel {command}: {result.get('data', '')}",
+        "title": f"bilevel {command}: {result.get('data', 'results')}",
         "command": command,
         "summary": _summary(command, result),
         "verdict": _verdict(result, score, score_name),
@@ -68,13 +69,13 @@ def _summary(command: str, result: dict[str, Any]) -> str:
         made_wrong = f", {100 * flipped:.0f} % of them made wrong on purpose," if flipped else ""
         return (
             f"One weight for each of {rows.get('train', 'the')} training labels of "
-            f"{result.get('data')}{made_wrong} was learned so that a {task} regression does well on "
+            f"{result.get('data', 'the data')}{made_wrong} was learned so that a {task} regression does well on "
             f"{rows.get('trusted', 'the')} trusted examples; the model was refitted with "
             f"these weights and tested once, on {rows.get('test', 'the other')} rows."
         )
     penalties = "penalties" if "penalties" in _hyperparameters(result) else "penalty"
     return (
-        f"The {penalties} of a {task} regression on {result.get('data')} (target: {result['target']}) "
+        f"The {penalties} of a {task} regression on {result.get('data', 'the data')} (target: {result['target']}) "
         f"followed the hypergradient of the cross-validated loss"
         f"{_over(result)}; the model was refitted on all {rows.get('train', '')} training rows and "
         f"tested once, on {rows.get('test', 'the other')} rows."
@@ -133,7 +134,7 @@ def _facts(result: dict[str, Any], score: str, score_name: str) -> list[tuple[st
 
 
 def _number(value: Any) -> str | None:
-    return None if value is None else charts.short(value)
+    return None if value is None else charts.short(value, 3)
 
 
 def _steps(history: Any) -> dict[str, Any] | None:
