@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from bilevel import __version__
 from bilevel.tuning.errors import InputError
 from bilevel.tuning.output import FILES, OutDir, plain, versions
 from bilevel.tuning.saved_commands import add_predict, add_report
@@ -62,7 +63,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Hyperparameters by hypergradients: tune a penalty, clean labels.",
         allow_abbrev=False,
     )
-    parser.add_argument("--version", action="version", version=_version())
+    parser.add_argument("--version", action="version", version=f"bilevel {__version__}")
     commands = parser.add_subparsers(
         dest="command", metavar="{tune,clean,report,predict}", required=True, parser_class=_Parser
     )
@@ -177,10 +178,6 @@ def _share(*, low_open: bool) -> Callable[[str], float]:
         return value
 
     return parse
-
-
-def _version() -> str:
-    return f"bilevel {versions().get('bilevel', '(not installed)')}"
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from bilevel.tuning.errors import InputError
+from bilevel.tuning.errors import InputError, brief
 
 KINDS = "a CSV, Parquet or npz file"
 
@@ -64,7 +64,7 @@ def _read_csv(path: str) -> Any:
             frame = pd.read_csv(path, index_col=False, low_memory=False, compression=None)
     except Exception as error:  # whatever a parser throws at a broken file is bad input
         raise InputError(
-            f"cannot parse {path!r} ({error}); expected comma-separated values with a header row"
+            f"cannot parse {path!r} ({brief(error)}); expected comma-separated values with a header row"
         ) from error
     # From the header as it stands: pandas renames columns that appear twice.
     names = [str(value) for value in header.iloc[0]]
@@ -90,7 +90,9 @@ def _read_parquet(path: str) -> Any:
     try:
         frame = pd.read_parquet(path, engine="pyarrow")
     except Exception as error:
-        raise InputError(f"cannot parse {path!r} ({error}); expected a Parquet file") from error
+        raise InputError(
+            f"cannot parse {path!r} ({brief(error)}); expected a Parquet file"
+        ) from error
     return frame.reset_index(drop=True)
 
 
@@ -136,6 +138,6 @@ def load_arrays(path: str | Path) -> dict[str, np.ndarray]:
             raise ValueError("a member is no array")
     except Exception as error:
         raise InputError(
-            f"cannot read {str(path)!r} ({error}); expected an npz file of plain arrays"
+            f"cannot read {str(path)!r} ({brief(error)}); expected an npz file of plain arrays"
         ) from error
     return found

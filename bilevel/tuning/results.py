@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from bilevel.tuning.errors import InputError
+from bilevel.tuning.errors import InputError, brief
 from bilevel.tuning.files import load_arrays
 
 
@@ -30,7 +30,7 @@ def load_results(directory: str) -> Saved:
     try:
         result = json.loads(path.read_bytes().decode(), parse_constant=_refuse)
     except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"cannot read {str(path)!r} ({error}); expected JSON") from error
+        raise InputError(f"cannot read {str(path)!r} ({brief(error)}); expected JSON") from error
     if not isinstance(result, dict) or not isinstance(result.get("target"), str):
         raise InputError(f"{str(path)!r} holds no result; expected what tune or clean wrote")
     arrays = load_arrays(folder / "model.npz")

@@ -1,5 +1,6 @@
 """The report of a run: one page that needs nothing beside itself."""
 
+import functools
 import importlib.resources
 from typing import Any
 
@@ -14,6 +15,11 @@ def render(saved: Saved, X: np.ndarray | None = None) -> str:
 
     A section appears only where the result has what it shows.
     """
+    return _template().render(style=_read("style.css"), **make_sections(saved, X))
+
+
+@functools.cache
+def _template() -> Any:
     import jinja2
 
     environment = jinja2.Environment(
@@ -23,8 +29,7 @@ def render(saved: Saved, X: np.ndarray | None = None) -> str:
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    context: dict[str, Any] = make_sections(saved, X)
-    return environment.get_template("page.html").render(style=_read("style.css"), **context)
+    return environment.get_template("page.html")
 
 
 def _read(name: str) -> str:
