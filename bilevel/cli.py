@@ -23,7 +23,7 @@ _EPILOG = (
     "With --out, report.html shows what was found, result.json holds all scores and the history of the "
     "outer steps, and model.npz the model (X @ coef + intercept) and the split. Ctrl-C during the outer "
     "steps ends them, and the results are those of the best so far; again, it ends without results. "
-    "`seconds` in it: cold is the optimisation from the checked data to the refit, compilation "
+    "`seconds` in result.json: cold is the optimisation from the checked data to the refit, compilation "
     "(or loading compiled programs from the cache) included; warm is the same once more."
 )
 
