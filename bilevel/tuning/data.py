@@ -153,7 +153,6 @@ def labels_of(column: Any) -> list[str]:
     import pandas as pd
 
     if pd.api.types.is_numeric_dtype(column) and not pd.api.types.is_bool_dtype(column):
-        return [
-            f"{value:.0f}" if value == round(value) else str(value) for value in column.fillna(0.5)
-        ]
+        values = column.to_numpy(dtype=np.float64, na_value=np.nan).tolist()
+        return [f"{value:.0f}" if value.is_integer() else str(value) for value in values]
     return [str(value) for value in column]

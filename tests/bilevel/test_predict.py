@@ -91,6 +91,7 @@ def test_scores_leave_out_rows_without_a_known_target(tmp_path, capsys):
         (table.y, "on 150 rows"),
         (table.y + 1, "on 100 rows (50 rows without a label that the model knows are left out)"),
         (np.where(table.y == 0, np.nan, table.y), "on 100 rows"),
+        (np.where(table.y == 0, np.inf, table.y), "on 100 rows"),
         (np.full(150, "other"), "no score"),
     ):
         frame.assign(target=target).to_csv(path, index=False)
