@@ -66,7 +66,7 @@ def run(table: Table, trusted: int, flip: float, seeds: Sequence[int], engines: 
                 "first_f1_kept": selection_scores(cleaned.learned > KEEP, ~wrong, "kept")[
                     "f1_kept"
                 ],
-                "status": cleaned.status.name,
+                "status": cleaned.steps.status.name,
                 "seconds": seconds,
                 "cpu_seconds": cpu_seconds,
             }

@@ -47,7 +47,7 @@ def run(data: str, seed: int, engines: list[str]) -> list[dict]:
             "data": data,
             "seed": seed,
             "engine": engine,
-            "status": tuned.status.name,
+            "status": tuned.steps.status.name,
             "penalty": tuned.penalty,
             "cv_loss": tuned.cv_loss,
             "grid_cv_loss": float(values.min()),

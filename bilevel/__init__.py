@@ -1,35 +1,43 @@
-"""Bilevel and hyperparameter optimisation in JAX: one Problem, any hypergradient engine, one driver."""
+"""Bilevel and hyperparameter optimisation in JAX: one Problem, any hypergradient engine, one driver.
 
-from bilevel import schedules, transforms
-from bilevel.driver import run
-from bilevel.hypergradient import hypergradient
-from bilevel.problem import Problem
-from bilevel.result import BilevelError, History, Result, RunState
-from hypergrad import (
-    F2SA,
-    AbstractEngine,
-    Exact,
-    Hypergradient,
-    HypergradInfo,
-    Implicit,
-    Moreau,
-    OneStep,
-    Unrolled,
-)
-from solvers import (
-    CG,
-    LBFGS,
-    AbstractInnerSolver,
-    AbstractLinearSolver,
-    Dense,
-    GradientDescent,
-    JaxoptSolver,
-    Neumann,
-    Newton,
-    OptaxSolver,
-    SolveInfo,
-    Status,
-)
+A public name is loaded when it is first asked for: JAX takes seconds to import, and a command that is
+given a wrong file name should say so at once.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from bilevel import schedules, transforms
+    from bilevel.driver import run
+    from bilevel.gradient import hypergradient
+    from bilevel.problem import Problem
+    from bilevel.result import BilevelError, History, Result, RunState
+    from hypergrad import (
+        F2SA,
+        AbstractEngine,
+        Exact,
+        Hypergradient,
+        HypergradInfo,
+        Implicit,
+        Moreau,
+        OneStep,
+        Unrolled,
+    )
+    from solvers import (
+        CG,
+        LBFGS,
+        AbstractInnerSolver,
+        AbstractLinearSolver,
+        Dense,
+        GradientDescent,
+        JaxoptSolver,
+        Neumann,
+        Newton,
+        OptaxSolver,
+        SolveInfo,
+        Status,
+    )
 
 __version__ = "0.1.0"
 
@@ -65,3 +73,35 @@ __all__ = [
     "schedules",
     "transforms",
 ]
+
+_HOMES = {
+    "bilevel.driver": {"run"},
+    "bilevel.gradient": {"hypergradient"},
+    "bilevel.problem": {"Problem"},
+    "bilevel.result": {"BilevelError", "History", "Result", "RunState"},
+    "hypergrad": {
+        "F2SA",
+        "AbstractEngine",
+        "Exact",
+        "HypergradInfo",
+        "Hypergradient",
+        "Implicit",
+        "Moreau",
+        "OneStep",
+        "Unrolled",
+    },
+}
+"""Where the public names live that are neither modules of this package nor from `solvers`."""
+
+if not TYPE_CHECKING:  # a type checker would take this for a licence to any name
+
+    def __getattr__(name: str) -> Any:
+        if name not in __all__:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        if name in ("schedules", "transforms"):
+            return importlib.import_module(f"bilevel.{name}")
+        home = next((home for home, names in _HOMES.items() if name in names), "solvers")
+        return getattr(importlib.import_module(home), name)
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__})

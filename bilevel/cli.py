@@ -1,4 +1,4 @@
-"""The `bilevel` command: `bilevel tune DATA` and `bilevel clean DATA`.
+"""The `bilevel` command: `tune DATA`, `clean DATA`, and on what they wrote `report DIR` and `predict DIR DATA`.
 
 Whatever can be wrong with the input is found before anything is computed and ends in one line on
 standard error and exit code 2. Progress goes to standard error, the table to standard output, the
@@ -14,12 +14,16 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from bilevel import __version__
 from bilevel.tuning.errors import InputError
-from bilevel.tuning.output import OutDir, versions
+from bilevel.tuning.output import OutDir, plain, versions
+from bilevel.tuning.saved_commands import add_predict, add_report
 
 _EPILOG = (
-    "With --out, result.json holds all scores and model.npz the model (X @ coef + intercept) and the "
-    "split. `seconds` in it: cold is the optimisation from the checked data to the refit, compilation "
+    "With --out, report.html shows what was found, result.json holds all scores and the history of the "
+    "outer steps, and model.npz the model (X @ coef + intercept) and the split. Ctrl-C during the outer "
+    "steps ends them, and the results are those of the best so far; again, it ends without results. "
+    "`seconds` in result.json: cold is the optimisation from the checked data to the refit, compilation "
     "(or loading compiled programs from the cache) included; warm is the same once more."
 )
 
@@ -28,6 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code: 0, 1 (the computation failed) or 2 (bad input)."""
     try:
         options = _parser().parse_args(argv)
+        options.argv = list(sys.argv[1:] if argv is None else argv)
         return options.run(options)
     except InputError as error:
         print(f"bilevel: error: {error}", file=sys.stderr)
@@ -46,7 +51,7 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         if message.startswith("unrecognized"):
-            message += "; expected options of `bilevel tune --help` or `bilevel clean --help`"
+            message += "; expected options of `bilevel COMMAND --help`"
         elif "expected" not in message:
             message += f"; expected {self.format_usage().removeprefix('usage: ')}"
         raise InputError(message)
@@ -58,12 +63,14 @@ def _parser() -> argparse.ArgumentParser:
         description="Hyperparameters by hypergradients: tune a penalty, clean labels.",
         allow_abbrev=False,
     )
-    parser.add_argument("--version", action="version", version=_version())
+    parser.add_argument("--version", action="version", version=f"bilevel {__version__}")
     commands = parser.add_subparsers(
-        dest="command", metavar="{tune,clean}", required=True, parser_class=_Parser
+        dest="command", metavar="{tune,clean,report,predict}", required=True, parser_class=_Parser
     )
     _add_tune(commands)
     _add_clean(commands)
+    add_report(commands)
+    add_predict(commands)
     return parser
 
 
@@ -127,7 +134,9 @@ def _add_clean(commands: Any) -> None:
 
 
 def _add_common(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("data", metavar="DATA", help="a CSV file, or the name of a bundled set")
+    parser.add_argument(
+        "data", metavar="DATA", help="a CSV, Parquet or npz file, or the name of a bundled set"
+    )
     parser.add_argument(
         "--target", metavar="COLUMN", help="the column to predict (bundled sets: target)"
     )
@@ -137,7 +146,7 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--engine", default="implicit", metavar="NAME", help="hypergradient engine (implicit)"
     )
-    parser.add_argument("--out", metavar="DIR", help="directory for result.json and model.npz")
+    parser.add_argument("--out", metavar="DIR", help="directory for the results")
     parser.add_argument(
         "--force", action="store_true", help="replace results that are already in DIR"
     )
@@ -178,10 +187,6 @@ def _share(*, low_open: bool) -> Callable[[str], float]:
     return parse
 
 
-def _version() -> str:
-    return f"bilevel {versions().get('bilevel', '(not installed)')}"
-
-
 @contextlib.contextmanager
 def _output(options: argparse.Namespace) -> Iterator[OutDir | None]:
     """The checked output directory; made by us and left empty, it is removed again."""
@@ -207,6 +212,7 @@ def _run_tune(options: argparse.Namespace) -> int:
             options,
             out,
             lambda: tune(table, split, engine=options.engine, say=_say),
+            table,
             # Penalties over ten decades: single precision would blur the flat parts of the curve.
             x64=True,
         )
@@ -239,6 +245,7 @@ def _run_clean(options: argparse.Namespace) -> int:
                 engine=options.engine,
                 say=_say,
             ),
+            table,
             # Only penalties that are large against rounding, and three times faster.
             x64=False,
         )
@@ -253,12 +260,19 @@ def _check_engine(name: str) -> None:
 
 
 def _compute(
-    options: argparse.Namespace, out: OutDir | None, work: Callable[[], Any], *, x64: bool
+    options: argparse.Namespace,
+    out: OutDir | None,
+    work: Callable[[], Any],
+    table: Any,
+    *,
+    x64: bool,
 ) -> int:
     """Compute, print the table, write the files."""
     import jax
 
     import bilevel
+    from bilevel.tuning.report import render
+    from bilevel.tuning.results import Saved
 
     _enable_compilation_cache()
     try:
@@ -272,19 +286,27 @@ def _compute(
     if out is not None:
         head = {
             "command": options.command,
+            "argv": options.argv,
             "data": options.data,
             "target": outcome.target,
             "seed": options.seed,
             "engine": options.engine,
             "versions": versions(),
         }
+        result = plain(head | outcome.result)
         try:
-            out.write(head | outcome.result, outcome.arrays, outcome.texts)
+            out.write(result, outcome.arrays)
+            texts = {
+                **outcome.texts,
+                "report.html": render(Saved(result, outcome.arrays), table.X),
+            }
+            for name, text in texts.items():
+                out.add(name, text)
         except OSError as error:
             print(f"bilevel: cannot write results to {out.path}: {error}", file=sys.stderr)
             return 1
-        names = ["result.json", "model.npz", *outcome.texts]
-        print(f"\nwritten: {', '.join(str(out.path / name) for name in names)}")
+        names = ["result.json", "model.npz", *texts]
+        print("\nwritten: " + ", ".join(str(out.path / name) for name in names))
     return 0
 
 

@@ -35,6 +35,7 @@ def run(
     transform: Any = None,
     key: Array | None = None,
     chunk: int | None = None,
+    estimate_every: int | None = None,
     outer_tol: float = 0.0,
     patience: int | None = None,
     progress: bool | None = None,
@@ -51,16 +52,20 @@ def run(
       transform: prefix tree of `bilevel.transforms`: the rule moves the unconstrained value.
       chunk: outer steps in one compiled call; default a tenth of the run, at most 100. The numbers do
         not depend on it, nor does a last, shorter chunk compile again.
+      estimate_every: steps between error estimates, which cost a few tight adjoint solves; default and
+        least is one for each chunk. The last step always gets one.
       outer_tol: stop where the hypergradient's 2-norm (natural scale) is at most this, after a chunk.
       patience: stop after this many steps without a new best outer value.
-      progress: print a line per chunk; None does so where standard error is a terminal.
+      progress: show the step, the outer value, the gradient norm and the time left on standard error
+        after each chunk: one live line on a terminal where rich is installed, else plain lines. None
+        does so where standard error is a terminal.
       callback: called as `callback(state, history_of_the_chunk)` after each chunk; a true result stops.
       state: `result.state` of an earlier run to go on from; `lam` and `w` then only give the shapes.
       throw: raise BilevelError at the end of a chunk for NONFINITE, INDEFINITE, BREAKDOWN or DIVERGED,
         and after the last step where it ended with MAX_STEPS.
 
-    A step with one of the first four statuses stops the run, and does not move `lam`. Ctrl-C between two
-    chunks returns what was done so far.
+    A step with one of the first four statuses stops the run, and does not move `lam`. Ctrl-C returns
+    the chunks that are done.
 
     Raises TypeError or ValueError for bad input, before any compute.
     """
@@ -75,6 +80,8 @@ def run(
         )
     num_steps = _count("num_steps", num_steps, 0)
     chunk = min(max(num_steps // 10, 1), 100) if chunk is None else _count("chunk", chunk, 1)
+    if estimate_every is not None:
+        estimate_every = _count("estimate_every", estimate_every, 1)
     if patience is not None:
         patience = _count("patience", patience, 1)
     outer = optax.adam(1e-1) if outer is None else outer
@@ -87,35 +94,41 @@ def run(
     rule = StaticFunction(outer)
     if state is None:
         state = _first_state(problem, solver, engine, rule, scales, w, lam, key)
+    first = state
     begin = int(state.step)
-    bar = Progress(progress, num_steps)
-    pieces: list[History] = []
-    done, stopped = 0, "num_steps"
+    pieces: list[tuple[RunState, History]] = []  # one append: Ctrl-C never sees half a chunk
+    done, estimated, stopped = 0, 0, "num_steps"
     try:
-        while done < num_steps:
-            length = min(chunk, num_steps - done)
-            state, buffer, taken = _chunk(
-                problem, solver, engine, rule, scales, state, key, jnp.int32(length), chunk
-            )
-            taken = int(taken)
-            pieces.append(jax.tree.map(lambda leaf, n=taken: np.asarray(leaf)[:n], buffer))
-            done += taken
-            bar.update(done, float(pieces[-1].outer_value[-1]), float(pieces[-1].grad_norm[-1]))
-            if int(state.worst) > Status.MAX_STEPS:
-                stopped = "status"
-            elif callback is not None and callback(state, pieces[-1]):
-                stopped = "callback"
-            elif float(pieces[-1].grad_norm[-1]) <= outer_tol:
-                stopped = "outer_tol"
-            elif patience is not None and begin + done - 1 - int(state.best.step) >= patience:
-                stopped = "patience"
-            else:
-                continue
-            break
+        with Progress(progress, num_steps) as bar:
+            while done < num_steps:
+                length = min(chunk, num_steps - done)
+                end = done + length
+                estimate = end == num_steps or end - estimated >= (estimate_every or 1)
+                sizes = jnp.int32(length), jnp.asarray(estimate), chunk
+                state, buffer, taken = _chunk(
+                    problem, solver, engine, rule, scales, state, key, *sizes
+                )
+                rows = jax.tree.map(lambda leaf, n=int(taken): np.asarray(leaf)[:n], buffer)
+                pieces.append((state, rows))
+                done += int(taken)
+                estimated = done if estimate else estimated
+                bar.update(done, float(rows.outer_value[-1]), float(rows.grad_norm[-1]))
+                if int(state.worst) > Status.MAX_STEPS:
+                    stopped = "status"
+                elif callback is not None and callback(state, rows):
+                    stopped = "callback"
+                elif float(rows.grad_norm[-1]) <= outer_tol:
+                    stopped = "outer_tol"
+                elif patience is not None and begin + done - 1 - int(state.best.step) >= patience:
+                    stopped = "patience"
+                else:
+                    continue
+                break
     except KeyboardInterrupt:
         stopped = "interrupted"
 
-    history = join(pieces, _empty_record(problem, solver, engine, state, key))
+    state = pieces[-1][0] if pieces else first
+    history = join([rows for _, rows in pieces], _empty_record(problem, solver, engine, state, key))
     worst = int(state.worst)
     if worst <= Status.MAX_STEPS and len(history.status):
         worst = int(history.status[-1])
@@ -129,7 +142,7 @@ def run(
         stopped=stopped,
     )
     if throw and worst != Status.OK:
-        raise BilevelError(worst, f"run: outer step {begin + done - 1}", result)
+        raise BilevelError(worst, f"run: outer step {begin + len(history.status) - 1}", result)
     return result
 
 
@@ -165,9 +178,21 @@ def _empty_record(problem, solver, engine, state, key) -> History:
 
 @eqx.filter_jit
 def _chunk(
-    problem, solver, engine, rule, scales, state: RunState, key: Array, length: Array, size: int
+    problem,
+    solver,
+    engine,
+    rule,
+    scales,
+    state: RunState,
+    key: Array,
+    length: Array,
+    estimate: Array,
+    size: int,
 ) -> tuple[RunState, History, Array]:
-    """`length <= size` outer steps (fewer where one fails), their history, and how many were taken."""
+    """`length <= size` outer steps (fewer where one fails), their history, and how many were taken.
+
+    `estimate`, boolean of shape (): whether the last step gets an error estimate.
+    """
 
     def engine_at(state: RunState):
         step_key = jax.random.fold_in(key, state.step)
@@ -200,19 +225,24 @@ def _chunk(
     state, lam, h, buffer, taken = jax.lax.while_loop(
         is_open, body, (state, state.lam, empty, buffer, jnp.int32(0))
     )
-    if can_estimate(problem, solver, engine):
+
+    def with_verdict() -> tuple[Array, History]:
         last = state.step - 1
         at_solver, at_engine = at_step((solver, engine), last)
         step_key = jax.random.fold_in(key, last)
-        h = with_estimate(problem, at_solver, at_engine, lam, h, step_key)
+        info = with_estimate(problem, at_solver, at_engine, lam, h, step_key).info
         index = taken - 1
-        buffer = buffer._replace(
-            error_estimate=buffer.error_estimate.at[index].set(h.info.error_estimate),
-            curvature=buffer.curvature.at[index].set(h.info.curvature),
-            status=buffer.status.at[index].set(h.info.status),
+        rows = buffer._replace(
+            error_estimate=buffer.error_estimate.at[index].set(info.error_estimate),
+            curvature=buffer.curvature.at[index].set(info.curvature),
+            status=buffer.status.at[index].set(info.status),
         )
-        worst = jnp.where(h.info.status > Status.MAX_STEPS, h.info.status, jnp.int32(0))
-        state = state._replace(worst=jnp.maximum(state.worst, worst))
+        worst = jnp.where(info.status > Status.MAX_STEPS, info.status, jnp.int32(0))
+        return jnp.maximum(state.worst, worst), rows
+
+    if can_estimate(problem, solver, engine):
+        worst, buffer = jax.lax.cond(estimate, with_verdict, lambda: (state.worst, buffer))
+        state = state._replace(worst=worst)
     return state, buffer, taken
 
 

@@ -1,36 +1,70 @@
-"""One line of progress per chunk on standard error."""
+"""Progress of a run on standard error."""
 
 import sys
 import time
+from types import TracebackType
+from typing import Any, Self
 
 
 class Progress:
-    """Plain lines with the outer value, the gradient norm and the time left.
+    """Step, outer value, gradient norm, elapsed and remaining seconds; a context manager.
 
-    `show=None` prints only where standard error is a terminal.
+    On a terminal with rich: one line that is redrawn, and goes on ticking while a program compiles.
+    Otherwise a plain line for each update. `show=None` shows only where standard error is a terminal.
     """
 
-    def __init__(self, show: bool | None, num_steps: int):
-        self.show = sys.stderr.isatty() if show is None else show
+    def __init__(self, show: bool | None, num_steps: int) -> None:
+        terminal = sys.stderr.isatty()
+        self.show = terminal if show is None else show
         self.num_steps = num_steps
         self.began = time.perf_counter()
         self.first: tuple[int, float] | None = None
+        self.text = "compiling"
+        self.step = 0
+        self.live = self._live() if self.show and terminal and num_steps > 0 else None
+
+    def _live(self) -> Any:
+        try:
+            from rich.console import Console
+            from rich.live import Live
+            from rich.text import Text
+        except ImportError:
+            return None
+        return Live(
+            console=Console(stderr=True),
+            get_renderable=lambda: Text(self._line(), no_wrap=True, overflow="ellipsis"),
+            refresh_per_second=4,
+        )
+
+    def __enter__(self) -> Self:
+        if self.live is not None:
+            self.live.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self.live is not None:
+            self.live.stop()
 
     def update(self, step: int, outer_value: float, grad_norm: float) -> None:
-        if not self.show:
-            return
+        """What the run has reached after `step` steps."""
+        self.step = step
+        self.text = f"outer {outer_value:.6g}  |hypergradient| {grad_norm:.3g}"
+        if self.first is None:  # the first chunk holds the compile time
+            self.first = (step, time.perf_counter())
+        if self.live is not None:
+            self.live.refresh()
+        elif self.show:
+            print(self._line(), file=sys.stderr, flush=True)
+
+    def _line(self) -> str:
         now = time.perf_counter()
         left = ""
-        if (
-            self.first is not None and step > self.first[0]
-        ):  # the first chunk holds the compile time
-            pace = (now - self.first[1]) / (step - self.first[0])
-            left = f"  {pace * (self.num_steps - step):.0f} s left"
-        elif self.first is None:
-            self.first = (step, now)
-        print(
-            f"step {step}/{self.num_steps}  outer {outer_value:.6g}  |hypergradient| "
-            f"{grad_norm:.3g}  {now - self.began:.1f} s{left}",
-            file=sys.stderr,
-            flush=True,
-        )
+        if self.first is not None and self.step > self.first[0]:
+            pace = (now - self.first[1]) / (self.step - self.first[0])
+            left = f"  {pace * (self.num_steps - self.step):.0f} s left"
+        return f"step {self.step}/{self.num_steps}  {self.text}  {now - self.began:.1f} s{left}"

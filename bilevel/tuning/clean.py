@@ -5,8 +5,8 @@ examples takes a second look: the final weight of an example is the calibrated p
 model gives to its label.
 """
 
+import functools
 import math
-import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -15,7 +15,7 @@ import numpy as np
 import optax
 
 import bilevel as bl
-from bilevel.tuning import engines, output
+from bilevel.tuning import output
 from bilevel.tuning.clean_findings import (
     KEEP,
     NAMES,
@@ -31,6 +31,7 @@ from bilevel.tuning.data import Table
 from bilevel.tuning.output import Outcome
 from bilevel.tuning.scores import log_probabilities, scores
 from bilevel.tuning.splits import CleanSplit, flip_labels
+from bilevel.tuning.steps import Steps, run_steps, step_fields, timed, took
 
 NUM_STEPS = 10
 """Outer steps. On digits four times as many give the same accuracy (`benchmarks/cleaning.py --steps 40`)."""
@@ -57,54 +58,73 @@ class Cleaned(NamedTuple):
     predicted: np.ndarray
     """Class of each training example by the model that takes the second look."""
     fit: Fit
-    status: bl.Status
+    steps: Steps
 
 
-def learn(rows: Rows, used: np.ndarray, engine: str) -> Any:
-    """Weights of the training examples from the trusted rows in use; a result of `bilevel.run`."""
+def learn(
+    rows: Rows,
+    used: np.ndarray,
+    engine: str,
+    say: Callable[[str], None],
+    *,
+    num_steps: int = NUM_STEPS,
+    progress: bool = False,
+) -> bl.Result:
+    """Weights of the training examples from the trusted rows in use."""
     rescale = optax.normalize_by_update_norm(math.sqrt(rows.num_train))
-    return engines.check(
-        bl.run(
-            rows.problem(used),
-            jnp.full(rows.num_train, START),
-            rows.start,
-            num_steps=NUM_STEPS,
-            chunk=NUM_STEPS,
-            progress=False,
-            throw=False,
-            solver=engines.inner_solver(engine),
-            engine=engines.make_engine(engine),
-            outer=optax.chain(rescale, optax.sgd(LEARNING_RATE, momentum=0.9)),
-            transform=bl.transforms.Sigmoid(),
-        )
+    return run_steps(
+        rows.problem(used),
+        jnp.full(rows.num_train, START),
+        rows.start,
+        engine=engine,
+        num_steps=num_steps,
+        say=say,
+        progress=progress,
+        outer=optax.chain(rescale, optax.sgd(LEARNING_RATE, momentum=0.9)),
+        transform=bl.transforms.Sigmoid(),
     )
 
 
-def optimise(rows: Rows, engine: str, say: Callable[[str], None]) -> Cleaned:
+def optimise(
+    rows: Rows, engine: str, say: Callable[[str], None], *, progress: bool = False
+) -> Cleaned:
     """Learn the weights, refit with them and the trusted rows, take a second look, refit.
 
     Each refit chooses its penalty on held-out trusted rows. For that the weights are learned anew on
-    each part of the trusted rows: those learned on all of them have seen the rows that judge.
+    each part of the trusted rows: those learned on all of them have seen the rows that judge. Runs
+    that follow an interrupted one take no step.
     """
-    parts, statuses = [], []
+    everything = np.ones(rows.num_trusted, bool)
+    runs = [learn(rows, everything, engine, say, progress=progress)]
+    say("weights learned on all trusted examples")
+    parts = []
     for fold in range(rows.num_folds):
         held_out = rows.fold == fold
-        found = learn(rows, ~held_out, engine)
-        statuses.append(found.status)
+        num_steps = 0 if _interrupted(runs) else NUM_STEPS
+        found = learn(rows, ~held_out, engine, say, num_steps=num_steps, progress=progress)
+        runs.append(found)
         parts.append(Part(np.concatenate([found.lam, ~held_out]), held_out))
         say(f"weights learned without fold {fold + 1} of {rows.num_folds} of the trusted examples")
-    everything = np.ones(rows.num_trusted, bool)
-    found = learn(rows, everything, engine)
-    learned = np.asarray(found.lam)
+    learned = np.asarray(runs[0].lam)
     plan = Plan(parts, np.concatenate([learned, everything]))
     first = fit(rows, plan)
     say(f"refit with the learned weights: held-out trusted loss {first.choice.held_out_loss:.4f}")
     plan = second_look(rows, plan, first)
     second = fit(rows, plan)
     say(f"refit after a second look: held-out trusted loss {second.choice.held_out_loss:.4f}")
-    weights = plan.weights[: rows.num_train]
-    predicted = rows.predictor(first.w)[: rows.num_train].argmax(axis=1)
-    return Cleaned(weights, learned, predicted, second, max([*statuses, found.status]))
+    # One word for all runs: the worst status, and whether any of them was interrupted.
+    stopped = "interrupted" if _interrupted(runs) else runs[0].stopped
+    return Cleaned(
+        weights=plan.weights[: rows.num_train],
+        learned=learned,
+        predicted=rows.predictor(first.w)[: rows.num_train].argmax(axis=1),
+        fit=second,
+        steps=Steps(runs[0].history, max(run.status for run in runs), stopped),
+    )
+
+
+def _interrupted(runs: list[bl.Result]) -> bool:
+    return any(run.stopped == "interrupted" for run in runs)
 
 
 def clean(
@@ -126,14 +146,7 @@ def clean(
         f"{table.name}: {rows.num_train} training rows{known}, {rows.num_trusted} trusted, "
         f"{len(split.test)} for the test"
     )
-    seconds = {}
-    started = time.perf_counter()
-    cleaned = optimise(rows, engine, say)
-    seconds["cold"] = time.perf_counter() - started
-    started = time.perf_counter()
-    optimise(rows, engine, lambda _: None)
-    seconds["warm"] = time.perf_counter() - started
-    say(f"{seconds['cold']:.2f} s with compilation, {seconds['warm']:.2f} s again without")
+    cleaned, seconds = timed(functools.partial(optimise, rows, engine), say)
     say("baselines with their penalties chosen on the trusted examples")
     fits = baselines(rows, truth if flip > 0 else None)
     kept = cleaned.weights > KEEP
@@ -148,8 +161,7 @@ def clean(
         "rows": {"train": rows.num_train, "trusted": rows.num_trusted, "test": len(split.test)},
         "flip": flip,
         "seconds": seconds,
-        "status": cleaned.status.name,
-        "outer_steps": NUM_STEPS,
+        **step_fields(cleaned.steps),
         "hyperparameters": {
             "penalty": cleaned.fit.choice.penalty,
             "temperature": cleaned.fit.choice.temperature,
@@ -232,8 +244,7 @@ def _text(table: Table, engine: str, result: dict[str, Any]) -> str:
     return (
         f"\n{output.table(header, lines)}\n\n{_suspects_text(result['suspects'])}"
         f"kept {weights['kept']} of {weights['count']} training examples{ending}; status "
-        f"{result['status']}; {result['seconds']['cold']:.2f} s with compilation, "
-        f"{result['seconds']['warm']:.2f} s without.\n\nverdict: {result['verdict']}"
+        f"{result['status']}; {took(result['seconds'])}.\n\nverdict: {result['verdict']}"
     )
 
 

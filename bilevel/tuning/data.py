@@ -1,13 +1,13 @@
-"""Loading a table (CSV file or bundled scikit-learn set) and checking it before any compute."""
+"""Loading a table (a file or a bundled scikit-learn set) and checking it before any compute."""
 
 import os
-import warnings
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from bilevel.tuning.errors import InputError, require_tune_extra
+from bilevel.tuning.files import KINDS, check_file, read_file
 
 BUNDLED = ("breast_cancer", "diabetes", "digits", "iris", "wine")
 """Names of scikit-learn's bundled single-target sets; their target column is called `target`."""
@@ -46,79 +46,30 @@ def load_table(source: str, target: str | None, trusted: str | None = None) -> T
     `trusted` names a column that is no feature but marks rows. A bundled name wins over a file of that
     name (write `./digits` for the file).
     """
+    if source not in BUNDLED and target is None and os.path.exists(source):
+        raise InputError(f"no target for {source!r}; expected --target COLUMN")
+    target = "target" if target is None else target
+    return check_table(load_frame(source), source, target, trusted)
+
+
+def load_frame(source: str) -> Any:
+    """The unchecked data frame behind a path or a bundled name; raises `InputError`."""
     bundled = source in BUNDLED
     if not bundled:
-        _check_file(source)
-        if target is None:
-            raise InputError(f"no target for {source!r}; expected --target COLUMN")
+        if not os.path.exists(source):
+            raise InputError(
+                f"no file and no bundled data set {source!r}; expected {KINDS} or one of "
+                + ", ".join(BUNDLED)
+            )
+        check_file(source)
     require_tune_extra()
-    frame = _load_bundled(source) if bundled else _read_csv(source)
-    return check_table(frame, source, "target" if target is None else target, trusted)
-
-
-def _check_file(path: str) -> None:
-    if not os.path.exists(path):
-        raise InputError(
-            f"no file and no bundled data set {path!r}; expected a CSV file or one of "
-            + ", ".join(BUNDLED)
-        )
-    if not os.path.isfile(path):
-        raise InputError(f"{path!r} is not a regular file; expected a CSV file")
-    try:
-        with open(path, "rb") as file:
-            head = file.read(4096)
-    except OSError as error:
-        raise InputError(f"cannot read {path!r} ({error.strerror}); expected a CSV file") from error
-    if not head.strip():
-        raise InputError(f"{path!r} is empty; expected a CSV file with a header row")
-    if b"\0" in head:
-        raise InputError(f"{path!r} looks binary; expected a text file in CSV format")
+    return _load_bundled(source) if bundled else read_file(source)
 
 
 def _load_bundled(name: str) -> Any:
     import sklearn.datasets
 
     return getattr(sklearn.datasets, f"load_{name}")(as_frame=True).frame
-
-
-def _read_csv(path: str) -> Any:
-    import pandas as pd
-
-    try:
-        with warnings.catch_warnings():
-            # pandas only warns when it drops fields of a row that is too long.
-            warnings.simplefilter("error", pd.errors.ParserWarning)
-            header = pd.read_csv(path, header=None, nrows=1, dtype=str, compression=None)
-            frame = pd.read_csv(path, index_col=False, low_memory=False, compression=None)
-    except Exception as error:  # whatever a parser throws at a broken file is bad input
-        raise InputError(
-            f"cannot parse {path!r} ({error}); expected comma-separated values with a header row"
-        ) from error
-    names = [str(value).strip() for value in header.iloc[0]]
-    if len(names) < 2:
-        raise InputError(
-            f"{path!r} has one column; expected a target and at least one feature, "
-            "separated by commas"
-        )
-    repeated = sorted({name for name in names if names.count(name) > 1})
-    if repeated:
-        raise InputError(
-            f"{path!r} has more than one column {repeated[0]!r}; expected distinct column names"
-        )
-    if all(_is_number(name) for name in names):
-        raise InputError(
-            f"the first row of {path!r} holds numbers; expected a header row with column names"
-        )
-    frame.columns = names
-    return frame
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
 
 
 def check_table(frame: Any, name: str, target: str, trusted: str | None = None) -> Table:
@@ -143,7 +94,7 @@ def check_table(frame: Any, name: str, target: str, trusted: str | None = None) 
         raise InputError(f"{name!r} has no column beside {target!r}; expected at least one feature")
     marks = None if trusted is None else _marks(frame.iloc[:, names.index(trusted)], trusted)
     y, classes = _target(frame.iloc[:, names.index(target)], target)
-    columns = [_numbers(frame.iloc[:, names.index(c)], f"column {c!r}") for c in features]
+    columns = [numbers(frame.iloc[:, names.index(c)], f"column {c!r}") for c in features]
     X = np.stack(columns, axis=1)
     if not np.any(np.ptp(X, axis=0) > 0):
         raise InputError(f"every feature of {name!r} is constant; expected one that varies")
@@ -166,7 +117,7 @@ def _marks(column: Any, name: str) -> np.ndarray:
     return np.asarray(values, bool)
 
 
-def _numbers(column: Any, what: str) -> np.ndarray:
+def numbers(column: Any, what: str) -> np.ndarray:
     """One column as finite float64, refused with the row (counted from 1) of the first bad value."""
     import pandas as pd
 
@@ -177,7 +128,7 @@ def _numbers(column: Any, what: str) -> np.ndarray:
             "expected a number in every row"
         )
     if not pd.api.types.is_numeric_dtype(column):
-        parsed = pd.to_numeric(column, errors="coerce").isna().to_numpy()
+        parsed = pd.to_numeric(column.astype(str), errors="coerce").isna().to_numpy()
         example = column.iloc[int(parsed.argmax())]
         raise InputError(f"{what} holds text ({str(example)[:40]!r}); expected numbers")
     values = column.to_numpy(dtype=np.float64)
@@ -210,7 +161,7 @@ def _target(column: Any, name: str) -> tuple[np.ndarray, np.ndarray | None]:
     if pd.api.types.is_bool_dtype(column) or not pd.api.types.is_numeric_dtype(column):
         classes, y = np.unique(column.astype(str).to_numpy(dtype=str), return_inverse=True)
     else:
-        values = _numbers(column, what)
+        values = numbers(column, what)
         classes, y = np.unique(values, return_inverse=True)
         whole = bool(np.all(values == np.round(values))) and float(np.abs(values).max()) < 2**53
         if len(classes) > 1 and not (whole and len(classes) <= MAX_CLASSES):
@@ -223,3 +174,13 @@ def _target(column: Any, name: str) -> tuple[np.ndarray, np.ndarray | None]:
             "classes or varying numbers"
         )
     return y.astype(np.int64), classes
+
+
+def labels_of(column: Any) -> list[str]:
+    """The values of a target column as text, whole numbers without a decimal point."""
+    import pandas as pd
+
+    if pd.api.types.is_numeric_dtype(column) and not pd.api.types.is_bool_dtype(column):
+        values = column.to_numpy(dtype=np.float64, na_value=np.nan).tolist()
+        return [f"{value:.0f}" if value.is_integer() else str(value) for value in values]
+    return [str(value) for value in column]

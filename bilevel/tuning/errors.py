@@ -1,5 +1,7 @@
 """What the commands raise for input they cannot work with."""
 
+import importlib.util
+
 
 class InputError(ValueError):
     """Bad input to a command: the message says in one line what was found and what was expected."""
@@ -11,13 +13,16 @@ class InputError(ValueError):
         super().__init__(text if len(text) <= 400 else text[:397] + "...")
 
 
+def brief(error: Exception) -> str:
+    """The beginning of what a parser says; some quote the whole file."""
+    return f"{error}"[:150]
+
+
 def require_tune_extra() -> None:
-    """scikit-learn and pandas are optional: say which extra brings them."""
-    for module in ("sklearn", "pandas"):
-        try:
-            __import__(module)
-        except ImportError as error:
+    """scikit-learn, pandas and what they need are optional: say which extra brings them."""
+    for module in ("sklearn", "pandas", "pyarrow", "jinja2"):
+        if importlib.util.find_spec(module) is None:
             raise InputError(
                 f"cannot import {module}; expected the optional dependencies of the commands: "
                 "pip install 'bilevel[tune]'"
-            ) from error
+            )

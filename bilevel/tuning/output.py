@@ -1,4 +1,4 @@
-"""What a command leaves on disk: `result.json` and `model.npz`, never half written."""
+"""What a command leaves on disk: `FILES`, never half written."""
 
 import contextlib
 import json
@@ -6,7 +6,7 @@ import math
 import os
 import platform
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib import metadata
 from pathlib import Path
 from types import MappingProxyType
@@ -16,7 +16,7 @@ import numpy as np
 
 from bilevel.tuning.errors import InputError
 
-FILES = ("result.json", "model.npz", "suspects.csv")
+FILES = ("result.json", "model.npz", "suspects.csv", "report.html")
 
 
 class Outcome(NamedTuple):
@@ -84,39 +84,40 @@ class OutDir:
             with contextlib.suppress(OSError):
                 directory.rmdir()
 
-    def write(
-        self,
-        result: dict[str, Any],
-        arrays: dict[str, np.ndarray],
-        texts: Mapping[str, str] = MappingProxyType({}),
-    ) -> None:
-        """All files, the result last: where there is a `result.json`, the others are there too."""
+    def write(self, result: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
+        """Both files, the result last: where there is a `result.json`, its model is there too."""
         text = json.dumps(plain(result), indent=2, allow_nan=False) + "\n"
-        for name, content in texts.items():
-            self._put(name, lambda file, content=content: file.write(content.encode()))
         self._put("model.npz", lambda file: np.savez_compressed(file, **arrays))  # type: ignore[arg-type]
         self._put("result.json", lambda file: file.write(text.encode()))
 
-    def _put(self, name: str, write: Any) -> None:
-        final = self.path / name
-        handle, temporary = tempfile.mkstemp(dir=self.path, prefix=".bilevel-")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                write(file)
-                file.flush()
-                os.fsync(file.fileno())
-            umask = os.umask(0)
-            os.umask(umask)
-            os.chmod(temporary, 0o666 & ~umask)
-            if self.force:
-                os.replace(temporary, final)
-            else:
-                # A link fails where the name exists, a rename would replace a file that appeared
-                # during the run.
-                _link(temporary, final)
-        finally:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(temporary)
+    def add(self, name: str, text: str) -> None:
+        """One more file, after the results."""
+        self._put(name, lambda file: file.write(text.encode()))
+
+    def _put(self, name: str, write: Callable[[Any], object]) -> None:
+        put(self.path / name, write, self.force)
+
+
+def put(final: Path, write: Callable[[Any], object], force: bool) -> None:
+    """A whole file or none; without `force`, FileExistsError where there is one of that name."""
+    handle, temporary = tempfile.mkstemp(dir=final.parent, prefix=".bilevel-")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)
+        if force:
+            os.replace(temporary, final)
+        else:
+            # A link fails where the name exists, a rename would replace a file that appeared during
+            # the run.
+            _link(temporary, final)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
 
 
 def _link(temporary: str, final: Path) -> None:

@@ -1,6 +1,6 @@
 """`bilevel tune`: one penalty of a linear model, by cross-validation and hypergradients."""
 
-import time
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -16,6 +16,7 @@ from bilevel.tuning.models import MODELS, FoldBatch, init_weights
 from bilevel.tuning.output import Outcome
 from bilevel.tuning.scores import log_probabilities, scores
 from bilevel.tuning.splits import TuneSplit
+from bilevel.tuning.steps import run_steps, step_fields, timed, took
 
 BOUNDS = (1e-6, 1e4)
 """Range of the penalties that are looked at, for features of unit variance."""
@@ -36,8 +37,7 @@ class Tuned(NamedTuple):
     penalty: float
     cv_loss: float
     refit: dict[str, np.ndarray]
-    status: bl.Status
-    num_steps: int
+    steps: bl.Result
 
 
 class Folds:
@@ -109,27 +109,25 @@ def mean_and_scale(X: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return mean, np.where(scale <= rounding, 1.0, scale)
 
 
-def optimise(folds: Folds, engine: str, say: Callable[[str], None]) -> Tuned:
+def optimise(
+    folds: Folds, engine: str, say: Callable[[str], None], *, progress: bool = False
+) -> Tuned:
     """Best decade, hypergradient steps on the log-penalty, converged solve, refit on all rows."""
     coarse = np.geomspace(*BOUNDS, NUM_COARSE)
     values, w = folds.curve(coarse)
     start = coarse[int(np.argmin(values))]
     say(f"best decade: penalty {start:.0e}, cross-validated loss {values.min():.5g}")
-    result = engines.check(
-        bl.run(
-            folds.problem,
-            jnp.asarray(start),
-            w,
-            num_steps=NUM_STEPS,
-            chunk=NUM_STEPS,
-            progress=False,
-            throw=False,
-            solver=engines.inner_solver(engine),
-            engine=engines.make_engine(engine),
-            # One variable: Adam's step is its rate times a sign, and a long memory would overshoot.
-            outer=optax.adam(optax.exponential_decay(0.5, 1, 0.75), b1=0.5, b2=0.9),
-            transform=bl.transforms.Exp(),
-        )
+    result = run_steps(
+        folds.problem,
+        jnp.asarray(start),
+        w,
+        engine=engine,
+        num_steps=NUM_STEPS,
+        say=say,
+        progress=progress,
+        # One variable: Adam's step is its rate times a sign, and a long memory would overshoot.
+        outer=optax.adam(optax.exponential_decay(0.5, 1, 0.75), b1=0.5, b2=0.9),
+        transform=bl.transforms.Exp(),
     )
     penalty = float(np.clip(result.best.lam, *BOUNDS))
     cv_loss, w = folds.solve(penalty, result.best.w)
@@ -138,15 +136,15 @@ def optimise(folds: Folds, engine: str, say: Callable[[str], None]) -> Tuned:
         penalty = float(start)
         cv_loss, w = folds.solve(penalty, w)
     say(
-        f"{NUM_STEPS} hypergradient steps: penalty {penalty:.4g}, cross-validated loss {cv_loss:.5g}"
+        f"{len(result.history.status)} hypergradient steps: penalty {penalty:.4g}, "
+        f"cross-validated loss {cv_loss:.5g}"
     )
     refit = folds.solve(penalty, w, folds.everything)[1]
     return Tuned(
         penalty,
         cv_loss,
         {name: np.asarray(leaf)[0] for name, leaf in refit.items()},
-        result.status,
-        len(result.history.status),
+        result,
     )
 
 
@@ -157,14 +155,7 @@ def tune(table: Table, split: TuneSplit, *, engine: str, say: Callable[[str], No
         f"training rows in {split.num_folds} folds, {len(split.test)} test rows"
     )
     folds = Folds(table, split)
-    seconds = {}
-    started = time.perf_counter()
-    tuned = optimise(folds, engine, say)
-    seconds["cold"] = time.perf_counter() - started
-    started = time.perf_counter()
-    optimise(folds, engine, lambda _: None)
-    seconds["warm"] = time.perf_counter() - started
-    say(f"{seconds['cold']:.2f} s with compilation, {seconds['warm']:.2f} s again without")
+    tuned, seconds = timed(functools.partial(optimise, folds, engine), say)
     say("baselines on the same splits and folds")
     baselines = sklearn_baselines(table, split)
     baselines["single"] = _single(folds, split)
@@ -175,8 +166,7 @@ def tune(table: Table, split: TuneSplit, *, engine: str, say: Callable[[str], No
         "rows": {"train": len(split.train), "test": len(split.test)},
         "folds": split.num_folds,
         "seconds": seconds,
-        "status": tuned.status.name,
-        "outer_steps": tuned.num_steps,
+        **step_fields(tuned.steps),
         "hyperparameters": {"penalty": tuned.penalty},
         "cv_loss": tuned.cv_loss,
         **tested,
@@ -250,6 +240,5 @@ def _text(table: Table, engine: str, result: dict[str, Any]) -> str:
     return (
         f"\n{output.table(header, lines)}\n\n"
         f"CV loss {gap:+.2f} % from the best of the grid; {result['outer_steps']} hypergradient "
-        f"steps, status {result['status']}; {result['seconds']['cold']:.2f} s with compilation, "
-        f"{result['seconds']['warm']:.2f} s without."
+        f"steps, status {result['status']}; {took(result['seconds'])}."
     )

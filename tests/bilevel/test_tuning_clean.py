@@ -86,9 +86,9 @@ def test_learned_weights_are_judged_by_trusted_rows_they_have_not_seen(noisy_win
     learned, plans = [], []
     rng = np.random.default_rng(0)
 
-    def learn(rows, used, engine):
+    def learn(rows, used, engine, say, **kwargs):
         learned.append((used, rng.uniform(0.1, 0.9, rows.num_train)))
-        return SimpleNamespace(lam=learned[-1][1], status=0)
+        return SimpleNamespace(lam=learned[-1][1], status=0, stopped="num_steps", history=None)
 
     def spy(rows, plan):
         plans.append(plan)
@@ -98,14 +98,14 @@ def test_learned_weights_are_judged_by_trusted_rows_they_have_not_seen(noisy_win
     monkeypatch.setattr(clean, "fit", spy)
     cleaned = clean.optimise(rows, "implicit", lambda _: None)
     first, second = plans
-    for (used, lam), part, later in zip(learned[:-1], first.parts, second.parts, strict=True):
+    for (used, lam), part, later in zip(learned[1:], first.parts, second.parts, strict=True):
         np.testing.assert_array_equal(used, ~part.held_out)
         np.testing.assert_array_equal(part.weights, np.concatenate([lam, used]))
         np.testing.assert_array_equal(later.held_out, part.held_out)
         np.testing.assert_array_equal(later.weights[rows.num_train :], used)
     assert np.all(sum(part.held_out.astype(int) for part in first.parts) == 1)
-    assert learned[-1][0].all()
-    np.testing.assert_array_equal(cleaned.learned, learned[-1][1])
+    assert learned[0][0].all()
+    np.testing.assert_array_equal(cleaned.learned, learned[0][1])
     np.testing.assert_array_equal(cleaned.weights, second.weights[: rows.num_train])
     assert second.weights[rows.num_train :].all()
 

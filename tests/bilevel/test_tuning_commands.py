@@ -30,7 +30,7 @@ def test_tuned_penalty_is_within_one_percent_of_a_fine_grid(name):
     grid = np.geomspace(1e-5, 1e-1, 13) if name == "digits" else np.geomspace(*tune.BOUNDS, 60)
     values, _ = folds.curve(grid)
     assert tuned.cv_loss <= 1.01 * values.min()
-    assert tuned.status == 0
+    assert tuned.steps.status == 0
 
 
 @pytest.mark.parametrize("engine", ["unrolled", "f2sa", "moreau"])
