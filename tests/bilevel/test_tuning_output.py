@@ -15,7 +15,8 @@ ARRAYS = {"coef": np.arange(3.0), "names": np.asarray(["a", "b"])}
 def test_round_trip(tmp_path):
     out = OutDir(str(tmp_path / "deep" / "out"), force=False)
     result = {"a": np.float32(0.5), "b": float("nan"), "c": [np.int64(3)], "d": {"e": np.ones(2)}}
-    out.write(result | {"f": True, "g": None, "h": -np.inf}, ARRAYS, {"suspects.csv": "row\n"})
+    out.write(result | {"f": True, "g": None, "h": -np.inf}, ARRAYS)
+    out.add("suspects.csv", "row\n")
     out.undo()  # removes only what is empty
     names = sorted(path.name for path in out.path.iterdir())
     assert names == ["model.npz", "result.json", "suspects.csv"]
