@@ -10,9 +10,6 @@ import numpy as np
 from bilevel.tuning.models import Rule
 from bilevel.tuning.scaling import mean_and_scale
 
-KINDS = ("single", "per-group", "per-feature", "free")
-"""Values of `--penalty`."""
-
 EXPONENT_BOUNDS = ((0.0, 3.0), (0.0, 2.0))
 """Of the score statistic and of the ridge statistic."""
 

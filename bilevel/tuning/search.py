@@ -109,7 +109,7 @@ def optimise(
     theta = _pilot(objective, rule, weight, np.log(coarse))
     if kind != "single" and folds.task == "ridge":
         # The unit of a log-likelihood is the noise variance; the pilot's prior is the hinge alone.
-        weight = 2 * (objective.best[0] - float(prior(theta, rule))) / n
+        weight = 2 * (objective.best[0] - float(prior(jnp.asarray(theta), rule))) / n
         if rule.level @ theta < -np.log(n):
             rule = make_rule(unknown[:-1], weight)
             theta = _pilot(objective, rule, weight, float(rule.level @ theta))
@@ -127,13 +127,15 @@ def optimise(
         minimise(objective, *_start(kind, theta))
         theta = objective.best[1]
     counts |= {"search": objective.count - counts["pilot"], "closing": 1}
-    cv_loss, _ = folds.solve(np.asarray(models.penalties(theta, rule)), objective.best[2])
+    cv_loss, _ = folds.solve(
+        np.asarray(models.penalties(jnp.asarray(theta), rule)), objective.best[2]
+    )
     if kind == "single" and cv_loss > values.min():
         # An engine's own weights can flatter its outer value.
         say("the search did not improve on the best decade")
         theta, cv_loss = np.log([coarse]), float(values.min())
     say(f"{objective.count} hypergradients: cross-validated loss {cv_loss:.5g}")
-    chosen = np.asarray(models.penalties(theta, refit_rule))[0]
+    chosen = np.asarray(models.penalties(jnp.asarray(theta), refit_rule))[0]
     return Tuned(
         theta,
         float(np.exp(np.log(chosen).mean())),
