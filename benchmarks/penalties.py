@@ -3,8 +3,8 @@
 For each set and seed: the test loss of `--penalty per-feature` (`per-group` where the groups are known,
 `free` for two sets) over that of the one penalty which is best on a grid of 60 with the same folds.
 Geometric means over paired seeds, with their standard errors. Seeds re-split the real sets, they do not
-draw new data; synthetic sets are drawn anew. Then one timing of the command's search and refit for each set against
-scikit-learn's search over 20 penalties on the same folds and its refit.
+draw new data; synthetic sets are drawn anew. Then the search and refit are timed against
+scikit-learn's search over 20 penalties on the same folds and its refit (first seed, medians).
 
     python benchmarks/penalties.py [--quick] [--sets sparse ...] [--out benchmarks/results/penalties_cpu.json]
 """

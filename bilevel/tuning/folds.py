@@ -8,7 +8,7 @@ import numpy as np
 import bilevel as bl
 from bilevel.tuning import engines, penalties
 from bilevel.tuning.data import Table
-from bilevel.tuning.models import MODELS, FoldBatch, Rule, coefficients, init_weights
+from bilevel.tuning.models import MODELS, FoldBatch, Rule, init_weights
 from bilevel.tuning.scaling import mean_and_scale
 from bilevel.tuning.splits import TuneSplit
 
@@ -114,8 +114,12 @@ class Folds:
         # The outer value is not wanted here.
         problem = bl.Problem(self.model.inner, self.model.outer, batch, batch)
         _, w = engines.solve(problem, jnp.ones(1), self.start(1))
-        coef = coefficients(w, jnp.exp(rule.design[:, 0]))
-        return {"coef": np.asarray(coef)[0], "intercept": np.asarray(w["intercept"])[0]}
+        # `models.coefficients` on the host.
+        coef = (
+            np.asarray(w["coef"])[0]
+            / np.sqrt(1 + np.broadcast_to(penalty, (self.num_features,)))[:, None]
+        )
+        return {"coef": coef, "intercept": np.asarray(w["intercept"])[0]}
 
     def statistics(self, part: int, penalty: float) -> np.ndarray:
         """`penalties.relative_penalties` of one training part (-1: all rows), (2, d).

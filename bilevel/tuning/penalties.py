@@ -46,6 +46,11 @@ def fixed(penalty: float | np.ndarray, num_folds: int, num_features: int) -> Rul
     return _rule(log_penalty[:, None, :], np.ones(1), np.zeros((1, 1)), 0.0, 1)
 
 
+def at(theta: np.ndarray, rule: Rule) -> np.ndarray:
+    """Penalties on the host, (K, d) or (1, d)."""
+    return np.exp(theta @ np.asarray(rule.design))
+
+
 def make_rule(
     kind: str, relative: np.ndarray, group: np.ndarray | None, weight: float, num_rows: int
 ) -> Rule:

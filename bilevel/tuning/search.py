@@ -10,14 +10,15 @@ from scipy.optimize import minimize
 
 import bilevel as bl
 from bilevel.calls import engine_step, init_engine
-from bilevel.tuning import engines, models, penalties
+from bilevel.tuning import engines, penalties
 from bilevel.tuning.folds import BOUNDS, Folds
 from bilevel.tuning.models import Rule, prior
 
-COARSE = np.geomspace(1e-5, 1e2, 8)
-"""The cross-validation curve can have several minima and flat ends: start from the best decade."""
+COARSE = np.geomspace(1e-5, 1e2, 6)
+"""The cross-validation curve can have several minima and flat ends: start from the best of these."""
 
-LOG_BOUNDS = (float(np.log(BOUNDS[0])), float(np.log(BOUNDS[1])))
+LOG_BOUNDS = (float(np.log(BOUNDS[0])), None)
+"""Open above: with a box on all sides L-BFGS-B would start with a step as long as the gradient."""
 
 
 class Tuned(NamedTuple):
@@ -78,12 +79,21 @@ class Objective:
 def minimise(
     call: Callable[[np.ndarray], tuple[float, np.ndarray]],
     start: np.ndarray,
-    bounds: list[tuple[float, float]],
+    bounds: list[tuple[float, float | None]],
 ) -> None:
     """Bounded quasi-Newton search; the values are in units of a log-likelihood."""
-    # A hundredth of a unit is no evidence.
-    stop = {"maxiter": 12, "maxfun": 25, "ftol": 1e-4, "gtol": 0.02}
-    minimize(call, start, jac=True, method="L-BFGS-B", bounds=bounds, options=stop)
+    first = None
+
+    def gain(point: np.ndarray) -> tuple[float, np.ndarray]:
+        """Relative to the start, so that `ftol` is a share of what was gained, or a small part of a unit."""
+        nonlocal first
+        value, grad = call(point)
+        first = value if first is None else first
+        return value - first, grad
+
+    # The budget is for free penalties; the others need about ten evaluations.
+    stop = {"maxiter": 100, "maxfun": 150, "ftol": 5e-4, "gtol": 0.005}
+    minimize(gain, start, jac=True, method="L-BFGS-B", bounds=bounds, options=stop)
 
 
 def optimise(
@@ -97,7 +107,7 @@ def optimise(
     n, num_parts = folds.num_rows, len(folds.parts)
     values, w = folds.curve(COARSE)
     coarse = float(COARSE[int(np.argmin(values))])
-    say(f"best decade: penalty {coarse:.0e}, cross-validated loss {values.min():.5g}")
+    say(f"best of a coarse grid: penalty {coarse:.0e}, cross-validated loss {values.min():.5g}")
 
     def make_rule(relative: np.ndarray, weight: float) -> Rule:
         return penalties.make_rule(kind, relative, group, weight, n)
@@ -127,15 +137,13 @@ def optimise(
         minimise(objective, *_start(kind, theta))
         theta = objective.best[1]
     counts |= {"search": objective.count - counts["pilot"], "closing": 1}
-    cv_loss, _ = folds.solve(
-        np.asarray(models.penalties(jnp.asarray(theta), rule)), objective.best[2]
-    )
+    cv_loss, _ = folds.solve(penalties.at(theta, rule), objective.best[2])
     if kind == "single" and cv_loss > values.min():
         # An engine's own weights can flatter its outer value.
-        say("the search did not improve on the best decade")
+        say("the search did not improve on the coarse grid")
         theta, cv_loss = np.log([coarse]), float(values.min())
     say(f"{objective.count} hypergradients: cross-validated loss {cv_loss:.5g}")
-    chosen = np.asarray(models.penalties(jnp.asarray(theta), refit_rule))[0]
+    chosen = penalties.at(theta, refit_rule)[0]
     return Tuned(
         theta,
         float(np.exp(np.log(chosen).mean())),
@@ -161,7 +169,7 @@ def _pilot(objective: Objective, rule: Rule, unit: float, level: float) -> np.nd
     return objective.best[1]
 
 
-def _start(kind: str, theta: np.ndarray) -> tuple[np.ndarray, list[tuple[float, float]]]:
+def _start(kind: str, theta: np.ndarray) -> tuple[np.ndarray, list[tuple[float, float | None]]]:
     """Where the search of many penalties starts, given the pilot's theta, and its box."""
     if kind == "per-feature":
         return np.array([theta[0], 0.2, 0.2]), [LOG_BOUNDS, *penalties.EXPONENT_BOUNDS]
