@@ -171,6 +171,22 @@ def timing(make, seed: int, repeats: int) -> dict:
     }
 
 
+def markdown(results: list[dict], timings: dict) -> str:
+    """The table of the README."""
+    lines = [
+        "| set | penalty | test loss ratio | evaluations | time ratio |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for row in results:
+        time_of = timings[row["set"]]["wall_ratio"] if row["penalty"] == "per-feature" else None
+        error = "" if row["standard_error"] is None else f" ± {row['standard_error']:.3f}"
+        lines.append(
+            f"| {row['set']} | {row['penalty']} | {row['ratio']:.3f}{error} | {row['evaluations']:.0f} | "
+            f"{'' if time_of is None else format(time_of, '.2f')} |"
+        )
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sets", nargs="+", default=list(SETS), choices=list(SETS))
@@ -210,6 +226,7 @@ def main() -> None:
                 flush=True,
             )
             write()
+    print(markdown(results, timings))
 
 
 if __name__ == "__main__":
