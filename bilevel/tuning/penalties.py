@@ -54,7 +54,7 @@ def at(theta: np.ndarray, rule: Rule) -> np.ndarray:
 def make_rule(
     kind: str, relative: np.ndarray, group: np.ndarray | None, weight: float, num_rows: int
 ) -> Rule:
-    """The rule of one of `KINDS`; what it does not need is ignored.
+    """The rule of one of `options.PENALTIES`; what it does not need is ignored.
 
     Args:
       relative: (K, 2, d), `relative_penalties` of each fold's training part.

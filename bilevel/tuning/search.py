@@ -36,8 +36,8 @@ class Tuned(NamedTuple):
     status: bl.Status
     """The worst of all inner and adjoint solves, where it is not fatal."""
     evaluations: dict[str, int]
-    """Evaluations of the cross-validated loss (K fits each): the coarse grid and the closing solve
-    without, `pilot` and `search` with its gradient."""
+    """Evaluations of the cross-validated loss (K fits each): `pilot` and `search` with its gradient, the
+    coarse grid, the statistics (K + 1 fits) and the closing solve without."""
 
 
 class Objective:
@@ -103,7 +103,7 @@ def optimise(
     say: Callable[[str], None],
     group: np.ndarray | None = None,
 ) -> Tuned:
-    """One of `penalties.KINDS`; `group` (d,) numbers the features' groups, for `per-group`."""
+    """One of `options.PENALTIES`; `group` (d,) numbers the features' groups, for `per-group`."""
     n, num_parts = folds.num_rows, len(folds.parts)
     values, w = folds.curve(COARSE)
     coarse = float(COARSE[int(np.argmin(values))])
@@ -119,7 +119,8 @@ def optimise(
     theta = _pilot(objective, rule, weight, np.log(coarse))
     if kind != "single" and folds.task == "ridge":
         # The unit of a log-likelihood is the noise variance; the pilot's prior is the hinge alone.
-        weight = 2 * (objective.best[0] - float(prior(jnp.asarray(theta), rule))) / n
+        noise = 2 * (objective.best[0] - float(prior(jnp.asarray(theta), rule)))
+        weight = max(noise, 1e-12) / n  # a target without noise leaves nothing to divide by
         if rule.level @ theta < -np.log(n):
             rule = make_rule(unknown[:-1], weight)
             theta = _pilot(objective, rule, weight, float(rule.level @ theta))
@@ -129,6 +130,7 @@ def optimise(
         level = float(rule.level @ theta)
         say(f"one penalty for all: {np.exp(level):.4g}")
         if kind == "per-feature":
+            counts["statistics"] = 1
             relative = np.stack([folds.statistics(k, np.exp(level)) for k in range(num_parts)])
             rule, refit_rule = make_rule(relative[:-1], weight), make_rule(relative[-1:], weight)
         else:
