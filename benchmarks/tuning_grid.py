@@ -15,12 +15,17 @@ import harness
 import jax
 import numpy as np
 
-from bilevel.tuning import tune
+from bilevel.tuning import search
 from bilevel.tuning.baselines import sklearn_baselines
 from bilevel.tuning.data import load_table
+from bilevel.tuning.folds import BOUNDS, Folds
 from bilevel.tuning.splits import tune_split
 
 DATA = ["digits", "breast_cancer", "diabetes", "wine"]
+
+
+def quiet(_: str) -> None:
+    pass
 
 
 def timed(call):
@@ -34,21 +39,21 @@ def run(data: str, seed: int, engines: list[str]) -> list[dict]:
     """One record for each engine."""
     table = load_table(data, None)
     split = tune_split(table, 5, 0.25, seed)
-    folds = tune.Folds(table, split)
-    grid = np.geomspace(*tune.BOUNDS, 60)
+    folds = Folds(table, split, table.task)
+    grid = np.geomspace(*BOUNDS, 60)
     folds.curve(grid[:1])  # compiles the solve
     (values, _), grid_seconds, grid_cpu = timed(lambda: folds.curve(grid))
     sklearn, sklearn_seconds, _ = timed(lambda: sklearn_baselines(table, split))
     records = []
     for engine in engines:
-        tuned, cold, _ = timed(lambda e=engine: tune.optimise(folds, e, lambda _: None))
-        _, warm, warm_cpu = timed(lambda e=engine: tune.optimise(folds, e, lambda _: None))
+        tuned, cold, _ = timed(lambda e=engine: search.optimise(folds, "single", e, quiet))
+        _, warm, warm_cpu = timed(lambda e=engine: search.optimise(folds, "single", e, quiet))
         record = {
             "data": data,
             "seed": seed,
             "engine": engine,
             "status": tuned.steps.status.name,
-            "penalty": tuned.penalty,
+            "penalty": tuned.level,
             "cv_loss": tuned.cv_loss,
             "grid_cv_loss": float(values.min()),
             "grid_penalty": float(grid[values.argmin()]),

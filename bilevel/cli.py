@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 
 from bilevel import __version__
 from bilevel.tuning.errors import InputError
+from bilevel.tuning.options import PENALTIES
 from bilevel.tuning.output import OutDir, plain, versions
 from bilevel.tuning.saved_commands import add_predict, add_report
 
@@ -79,13 +80,31 @@ def _add_tune(commands: Any) -> None:
         "tune",
         allow_abbrev=False,
         epilog=_EPILOG,
-        help="tune the penalty of a linear model by cross-validation",
-        description="Tune one penalty of ridge, logistic or softmax regression (chosen from the "
-        "target) on cross-validation folds, refit on all training rows, and test once.",
+        help="tune the penalties of a linear model by cross-validation",
+        description="Tune one or many penalties of ridge, logistic or softmax regression on "
+        "cross-validation folds, refit on all training rows, and test once. Penalties are those of "
+        "features of unit variance.",
     )
     _add_common(tune)
     tune.add_argument(
-        "--folds", type=_integer(2), default=5, metavar="K", help="cross-validation folds (5)"
+        "--model",
+        choices=("ridge", "logistic", "softmax"),
+        help="default: what the target asks for",
+    )
+    tune.add_argument(
+        "--penalty",
+        choices=PENALTIES,
+        default="single",
+        help="one; one per group; one per feature, from two statistics of each; or one free penalty "
+        "per feature, which overfits (single)",
+    )
+    tune.add_argument(
+        "--groups",
+        metavar="FILE",
+        help="for per-group: a CSV file with the header feature,group and a row for each feature",
+    )
+    tune.add_argument(
+        "--cv", type=_integer(2), default=5, metavar="K", help="cross-validation folds (5)"
     )
     tune.add_argument(
         "--test-size",
@@ -201,17 +220,27 @@ def _output(options: argparse.Namespace) -> Iterator[OutDir | None]:
 def _run_tune(options: argparse.Namespace) -> int:
     with _output(options) as out:
         from bilevel.tuning.data import load_table
+        from bilevel.tuning.options import check_penalty, choose_model
         from bilevel.tuning.splits import tune_split
 
-        table = load_table(options.data, options.target)
-        split = tune_split(table, options.folds, options.test_size, options.seed)
+        table, model = choose_model(load_table(options.data, options.target), options.model)
+        split = tune_split(table, options.cv, options.test_size, options.seed)
         _check_engine(options.engine)
+        groups = check_penalty(options.penalty, options.groups, options.engine, table.features)
         from bilevel.tuning.tune import tune
 
         return _compute(
             options,
             out,
-            lambda: tune(table, split, engine=options.engine, say=_say),
+            lambda: tune(
+                table,
+                split,
+                model=model,
+                penalty=options.penalty,
+                groups=groups,
+                engine=options.engine,
+                say=_say,
+            ),
             table,
             # Penalties over ten decades: single precision would blur the flat parts of the curve.
             x64=True,

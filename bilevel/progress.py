@@ -10,10 +10,11 @@ class Progress:
     """Step, outer value, gradient norm, elapsed and remaining seconds; a context manager.
 
     On a terminal with rich: one line that is redrawn, and goes on ticking while a program compiles.
-    Otherwise a plain line for each update. `show=None` shows only where standard error is a terminal.
+    Otherwise a plain line for each update. `show=None` shows only where standard error is a terminal;
+    `num_steps=None` is a number that nobody knows beforehand.
     """
 
-    def __init__(self, show: bool | None, num_steps: int) -> None:
+    def __init__(self, show: bool | None, num_steps: int | None) -> None:
         terminal = sys.stderr.isatty()
         self.show = terminal if show is None else show
         self.num_steps = num_steps
@@ -21,7 +22,7 @@ class Progress:
         self.first: tuple[int, float] | None = None
         self.text = "compiling"
         self.step = 0
-        self.live = self._live() if self.show and terminal and num_steps > 0 else None
+        self.live = self._live() if self.show and terminal and num_steps != 0 else None
 
     def _live(self) -> Any:
         try:
@@ -63,8 +64,10 @@ class Progress:
 
     def _line(self) -> str:
         now = time.perf_counter()
-        left = ""
-        if self.first is not None and self.step > self.first[0]:
-            pace = (now - self.first[1]) / (self.step - self.first[0])
-            left = f"  {pace * (self.num_steps - self.step):.0f} s left"
-        return f"step {self.step}/{self.num_steps}  {self.text}  {now - self.began:.1f} s{left}"
+        of, left = "", ""
+        if self.num_steps is not None:
+            of = f"/{self.num_steps}"
+            if self.first is not None and self.step > self.first[0]:
+                pace = (now - self.first[1]) / (self.step - self.first[0])
+                left = f"  {pace * (self.num_steps - self.step):.0f} s left"
+        return f"step {self.step}{of}  {self.text}  {now - self.began:.1f} s{left}"

@@ -21,6 +21,11 @@ def _estimator(task: str, strength: float | None) -> Any:
     return make_pipeline(StandardScaler(), model)
 
 
+def fit(table: Table, split: TuneSplit, strength: float | None) -> Any:
+    """The fitted pipeline on all training rows."""
+    return _estimator(table.task, strength).fit(table.X[split.train], table.y[split.train])
+
+
 def _predict(table: Table, estimator: Any, X: np.ndarray) -> np.ndarray:
     return estimator.predict(X) if table.classes is None else estimator.predict_log_proba(X)
 
@@ -34,7 +39,7 @@ def _report(table: Table, split: TuneSplit, strength: float | None) -> dict[str,
         estimator = _estimator(table.task, strength).fit(X[inside], y[inside])
         held_out = _predict(table, estimator, X[~inside])
         losses.append(scores(table, held_out, y[~inside])["test_loss"])
-    estimator = _estimator(table.task, strength).fit(X, y)
+    estimator = fit(table, split, strength)
     model = estimator[-1]
     penalty = model.alpha / len(y) if table.classes is None else 1 / (model.C * len(y))
     return {
@@ -44,11 +49,11 @@ def _report(table: Table, split: TuneSplit, strength: float | None) -> dict[str,
     }
 
 
-def _search(table: Table, split: TuneSplit) -> float:
-    """The strength that scikit-learn's own grid and cross-validation choose.
+def search(table: Table, split: TuneSplit, strengths: np.ndarray | None = None) -> float:
+    """The strength that scikit-learn's cross-validation chooses from a grid.
 
-    The grids are the defaults of `RidgeCV` and `LogisticRegressionCV`. `LogisticRegressionCV` gets
-    one scaled fold at a time, because its pipeline would fit the scaler on held-out rows too.
+    None is the default grid of `RidgeCV` or `LogisticRegressionCV`. `LogisticRegressionCV` gets one
+    scaled fold at a time, because its pipeline would fit the scaler on held-out rows too.
     """
     from sklearn.linear_model import LogisticRegressionCV, RidgeCV
     from sklearn.model_selection import GridSearchCV
@@ -60,26 +65,27 @@ def _search(table: Table, split: TuneSplit) -> float:
         for k in range(split.num_folds)
     ]
     if table.classes is None:
-        search = GridSearchCV(
+        alphas = RidgeCV().alphas if strengths is None else strengths
+        found = GridSearchCV(
             _estimator("ridge", None),
-            {"ridge__alpha": list(RidgeCV().alphas)},
+            {"ridge__alpha": list(alphas)},
             scoring="neg_mean_squared_error",
             cv=parts,
             refit=False,
         ).fit(X, y)
-        return float(search.best_params_["ridge__alpha"])
+        return float(found.best_params_["ridge__alpha"])
     total = 0.0
-    grid = np.logspace(-4, 4, 10)
+    grid = np.logspace(-4, 4, 10) if strengths is None else strengths
     for inside, outside in parts:
         scaled = StandardScaler().fit(X[inside]).transform(X)
-        search = LogisticRegressionCV(
+        found = LogisticRegressionCV(
             Cs=grid,
             cv=[(inside, outside)],
             scoring="neg_log_loss",
             refit=False,
             max_iter=2000,
         ).fit(scaled, y)
-        found = search.scores_
+        found = found.scores_
         # A dictionary by class up to scikit-learn 1.9, with the same scores for every class.
         found = next(iter(found.values())) if isinstance(found, dict) else found
         total = total + np.reshape(found, -1)
@@ -93,5 +99,5 @@ def sklearn_baselines(table: Table, split: TuneSplit) -> dict[str, dict[str, Any
         warnings.simplefilter("ignore")
         return {
             "untuned": _report(table, split, None),
-            "sklearn": _report(table, split, _search(table, split)),
+            "sklearn": _report(table, split, search(table, split)),
         }

@@ -149,7 +149,7 @@ def plain(value: Any) -> Any:
 def versions() -> dict[str, str]:
     """Versions of everything that can change a number in the result."""
     found = {"python": platform.python_version()}
-    for name in ("bilevel", "jax", "jaxlib", "optax", "equinox", "numpy", "scikit-learn"):
+    for name in ("bilevel", "jax", "jaxlib", "optax", "equinox", "numpy", "scipy", "scikit-learn"):
         with contextlib.suppress(metadata.PackageNotFoundError):
             found[name] = metadata.version(name)
     return found

@@ -37,7 +37,7 @@ def tune_split(table: Table, folds: int, test_size: float, seed: int) -> TuneSpl
     if num_train < max(folds, 2):
         raise InputError(
             f"{table.name!r} has {num_rows} rows, {num_train} of them for training; expected at "
-            f"least {max(folds, 2)} with --folds {folds} and --test-size {test_size}"
+            f"least {max(folds, 2)} with --cv {folds} and --test-size {test_size}"
         )
     if num_test < 2:
         raise InputError(
@@ -55,7 +55,7 @@ def tune_split(table: Table, folds: int, test_size: float, seed: int) -> TuneSpl
         if counts[rarest] < folds:
             raise InputError(
                 f"class {str(table.classes[rarest])!r} has {counts[rarest]} training rows; expected "
-                f"at least {folds} of each class with --folds {folds}"
+                f"at least {folds} of each class with --cv {folds}"
             )
         folder = StratifiedKFold(folds, shuffle=True, random_state=seed)
     fold = np.empty(num_train, np.int64)

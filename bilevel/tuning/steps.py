@@ -11,6 +11,10 @@ import bilevel as bl
 from bilevel.tuning import engines
 from solvers.status import explain
 
+INTERRUPTED = (
+    "interrupted after {done}: finishing with what they reached; Ctrl-C again ends without results"
+)
+
 
 def run_steps(
     problem: bl.Problem,
@@ -46,11 +50,7 @@ def run_steps(
         )
     )
     if result.stopped == "interrupted":
-        done = len(result.history.status)
-        say(
-            f"interrupted after {done} of {num_steps} steps: finishing with what they reached; "
-            "Ctrl-C again ends without results"
-        )
+        say(INTERRUPTED.format(done=f"{len(result.history.status)} of {num_steps} steps"))
     return result
 
 

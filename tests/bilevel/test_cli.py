@@ -60,6 +60,20 @@ FILES = {
     "number_marks.csv": marked(lambda i: i / 2),
 }
 
+GROUP_FILES = {
+    "groups.csv": "feature,group\na,1\nb,2\n",
+    "groups_no_header.csv": "a,1\nb,2\n",
+    "groups_unknown.csv": "feature,group\na,1\nb,2\nc,2\n",
+    "groups_target.csv": "feature,group\na,1\nb,2\ny,2\n",
+    "groups_missing.csv": "feature,group\na,1\n",
+    "groups_repeated.csv": "feature,group\na,1\nb,2\na,2\n",
+    "groups_wide.csv": "feature,group\na,1,2\nb,2\n",
+    "groups_blank.csv": "feature,group\na,1\nb,\n",
+    "words.csv": HEADER + "1,2,no\n2,3,yes\n4,5,no\n" * 9,
+}
+
+GROUPS = "good.csv --target y --penalty per-group --groups"
+
 TUNE = {
     "no such data": ("nosuch", "no file and no bundled data set 'nosuch'"),
     "directory as data": (". --target y", "not a regular file"),
@@ -70,10 +84,31 @@ TUNE = {
     "unknown option": ("good.csv --target y --frobnicate", "--frobnicate"),
     "seed": ("good.csv --target y --seed 1.5", "--seed"),
     "negative seed": ("good.csv --target y --seed=-1", "--seed"),
-    "folds": ("good.csv --target y --folds 1", "--folds"),
-    "folds text": ("good.csv --target y --folds many", "--folds"),
-    "more folds than rows": ("good.csv --target y --folds 31", "for training"),
-    "more folds than rows, regression": ("regression.csv --target y --folds 31", "rows"),
+    "cv": ("good.csv --target y --cv 1", "--cv"),
+    "cv text": ("good.csv --target y --cv many", "--cv"),
+    "more folds than rows": ("good.csv --target y --cv 31", "for training"),
+    "more folds than rows, regression": ("regression.csv --target y --cv 31", "rows"),
+    "removed name of --cv": ("good.csv --target y --folds 3", "--folds"),
+    "unknown model": ("good.csv --target y --model tree", "--model"),
+    "ridge on text": ("words.csv --target y --model ridge", "holds classes ('no', ...)"),
+    "logistic on three classes": ("iris --model logistic", "has 3 classes"),
+    "logistic on numbers": ("regression.csv --target y --model logistic", "distinct numbers"),
+    "softmax on numbers": ("regression.csv --target y --model softmax", "distinct numbers"),
+    "unknown penalty": ("good.csv --target y --penalty many", "--penalty"),
+    "engine for many penalties": ("good.csv --target y --penalty free --engine f2sa", "f2sa"),
+    "groups without per-group": ("good.csv --target y --groups groups.csv", "per-group"),
+    "per-group without groups": ("good.csv --target y --penalty per-group", "--groups FILE"),
+    "groups: no file": (f"{GROUPS} nosuch.csv", "cannot read --groups 'nosuch.csv'"),
+    "groups: a directory": (f"{GROUPS} full", "cannot read"),
+    "groups: empty": (f"{GROUPS} empty.csv", "starts with ''"),
+    "groups: no header": (f"{GROUPS} groups_no_header.csv", "starts with 'a,1'"),
+    "groups: binary": (f"{GROUPS} binary.csv", "cannot read"),
+    "groups: unknown feature": (f"{GROUPS} groups_unknown.csv", "'c', which is no feature"),
+    "groups: the target": (f"{GROUPS} groups_target.csv", "'y', which is no feature"),
+    "groups: missing feature": (f"{GROUPS} groups_missing.csv", "lacks 1 features (first 'b')"),
+    "groups: repeated feature": (f"{GROUPS} groups_repeated.csv", "'a' more than once"),
+    "groups: three cells": (f"{GROUPS} groups_wide.csv", "row 2"),
+    "groups: no group": (f"{GROUPS} groups_blank.csv", "row 3"),
     "test size 1": ("good.csv --target y --test-size 1", "--test-size"),
     "test size nan": ("good.csv --target y --test-size nan", "--test-size"),
     "test size too small": ("good.csv --target y --test-size .01", "--test-size"),
@@ -140,7 +175,7 @@ CASES = (
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     root = tmp_path_factory.mktemp("files")
-    for name, content in FILES.items():
+    for name, content in (FILES | GROUP_FILES).items():
         (root / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     (root / "full").mkdir()
     (root / "full" / "result.json").write_text("precious")

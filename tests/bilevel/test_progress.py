@@ -130,10 +130,10 @@ def test_tune_finishes_with_the_best_so_far(tmp_path, capsys, monkeypatch):
         "status": 3,
         "advice": 1,
     }
-    # The best of three steps, solved anew.
+    # The best of three evaluations, solved anew.
     assert result["cv_loss"] == pytest.approx(min(result["history"]["objective"]), rel=1e-3)
     assert result["seconds"]["warm"] is None
-    assert "interrupted after 3 of 10 steps" in captured.err
+    assert "interrupted after 3 evaluations" in captured.err
     assert "Interrupted" in (tmp_path / "report.html").read_text()
     with np.load(tmp_path / "model.npz") as model:
         assert np.isfinite(model["coef"]).all()

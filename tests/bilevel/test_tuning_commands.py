@@ -6,14 +6,17 @@ import json
 import jax
 import numpy as np
 import pytest
+from sklearn.linear_model import Ridge
 
+import bilevel as bl
 from bilevel import cli
-from bilevel.tuning import tune
+from bilevel.tuning import search, tune
 from bilevel.tuning.clean import optimise
 from bilevel.tuning.clean_findings import KEEP, selection_scores
 from bilevel.tuning.clean_fits import baselines, raw_model
 from bilevel.tuning.clean_rows import Rows
 from bilevel.tuning.data import load_table
+from bilevel.tuning.folds import BOUNDS, Folds
 from bilevel.tuning.splits import clean_split, flip_labels, tune_split
 
 
@@ -24,10 +27,10 @@ def quiet(_: str) -> None:
 @pytest.mark.parametrize("name", ["breast_cancer", "diabetes", "digits", "wine"])
 def test_tuned_penalty_is_within_one_percent_of_a_fine_grid(name):
     table = load_table(name, None)
-    folds = tune.Folds(table, tune_split(table, 5, 0.25, 0))
-    tuned = tune.optimise(folds, "implicit", quiet)
+    folds = Folds(table, tune_split(table, 5, 0.25, 0), table.task)
+    tuned = search.optimise(folds, "single", "implicit", quiet)
     # Digits is the slow one: a third of the points, where the curve is not flat.
-    grid = np.geomspace(1e-5, 1e-1, 13) if name == "digits" else np.geomspace(*tune.BOUNDS, 60)
+    grid = np.geomspace(1e-5, 1e-1, 13) if name == "digits" else np.geomspace(*BOUNDS, 60)
     values, _ = folds.curve(grid)
     assert tuned.cv_loss <= 1.01 * values.min()
     assert tuned.steps.status == 0
@@ -36,8 +39,8 @@ def test_tuned_penalty_is_within_one_percent_of_a_fine_grid(name):
 @pytest.mark.parametrize("engine", ["unrolled", "f2sa", "moreau"])
 def test_every_engine_tunes(engine):
     table = load_table("wine", None)
-    folds = tune.Folds(table, tune_split(table, 5, 0.25, 0))
-    tuned = tune.optimise(folds, engine, quiet)
+    folds = Folds(table, tune_split(table, 5, 0.25, 0), table.task)
+    tuned = search.optimise(folds, "single", engine, quiet)
     assert tuned.cv_loss <= 1.01 * folds.curve(np.geomspace(1e-4, 1, 30))[0].min()
 
 
@@ -154,6 +157,56 @@ def test_tune_command_for_regression(tmp_path, capsys):
     np.testing.assert_allclose(1 - error / np.var(table.y[rows]), result["test_r2"])
     assert "test R2" in text
     assert result["baselines"]["sklearn"]["test_r2"] == pytest.approx(result["test_r2"], abs=0.02)
+
+
+def test_tune_command_with_a_penalty_per_feature(tmp_path, capsys):
+    result, model, text = run("tune diabetes --penalty per-feature", tmp_path / "out", capsys)
+    found = result["hyperparameters"]
+    table = load_table("diabetes", None)
+    assert [item["feature"] for item in found["penalties"]] == list(table.features)
+    listed = [item["penalty"] for item in found["penalties"]]
+    np.testing.assert_allclose(listed, model["penalties"])
+    np.testing.assert_allclose(np.exp(np.log(listed).mean()), found["level"])
+    assert set(found["exponents"]) == {"score", "ridge"}
+    # The model is scikit-learn's ridge at these penalties: features divided by the root of each.
+    X, y = table.X[model["train_rows"]], table.y[model["train_rows"]]
+    divisor = X.std(axis=0) * np.sqrt(model["penalties"])
+    ridge = Ridge(alpha=len(y)).fit(X / divisor, y)
+    expected = ridge.coef_ / divisor
+    np.testing.assert_allclose(model["coef"][:, 0], expected, atol=1e-4 * np.abs(expected).max())
+    assert "one split is one draw" in text
+    assert sum(result["evaluations"].values()) <= 40
+
+
+def test_tune_command_with_a_penalty_per_group(tmp_path, capsys):
+    table = load_table("diabetes", None)
+    path = tmp_path / "groups.csv"
+    rows = [
+        f"{name},{'serum' if name[0] == 's' and len(name) == 2 else 'other'}"
+        for name in table.features
+    ]
+    path.write_text("\n".join(["feature,group", *rows[::-1]]))
+    line = f"tune diabetes --model ridge --penalty per-group --groups {path}"
+    result, model, _ = run(line, tmp_path / "out", capsys)
+    found = {item["group"]: item["penalty"] for item in result["hyperparameters"]["penalties"]}
+    expected = [found[row.split(",")[1]] for row in rows]
+    np.testing.assert_allclose(model["penalties"], expected)
+    assert len(set(found.values())) == 2
+
+
+def test_free_penalties_come_with_a_warning(tmp_path, capsys, monkeypatch):
+    def stop(folds, kind, *_):
+        raise bl.BilevelError(bl.Status.NONFINITE, f"{kind}, {folds.task}", None)
+
+    monkeypatch.setattr(tune, "optimise", stop)
+    path = tmp_path / "few.csv"
+    path.write_text("a,b,y\n" + "".join(f"{i % 7},{i % 5},{i % 3}\n" for i in range(40)))
+    line = f"tune {path} --target y --cv 3 --model ridge --penalty free"
+    assert cli.main(line.split()) == 1
+    error = capsys.readouterr().err
+    assert "warning: one free penalty per feature" in error
+    assert "ridge regression on 2 features, 30 training rows in 3 folds" in error
+    assert "the computation failed: free, ridge" in error
 
 
 def test_clean_command(tmp_path, capsys):
