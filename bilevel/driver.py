@@ -26,7 +26,7 @@ from solvers.types import Tree
 def run(
     problem: BilevelProblem,
     lam: Tree,
-    w: Tree,
+    w: Tree | None = None,
     *,
     num_steps: int = 100,
     solver: Solver | str | None = None,
@@ -67,8 +67,9 @@ def run(
     validation.problem(problem)
     engine = validation.engine(engine)
     solver = validation.solver(solver, engine, problem)
-    lam, w = validation.variables("lam", lam), validation.variables("w", w)
     key = jax.random.key(0) if key is None else key
+    lam = validation.variables("lam", lam)
+    w = validation.start(problem, w, lam, key)
     if validation.is_traced(problem, lam, w, solver, engine, key):
         raise TypeError(
             "run works from Python, between compiled chunks: do not call it inside jit."
