@@ -45,7 +45,7 @@ def run(
     """Minimise the outer loss by hypergradient steps; inner and adjoint solves are warm-started.
 
     Args:
-      problem, lam, w, solver, engine, key: as in `hypergradient`.
+      problem, lam, w, solver, engine, key: as in `hypergradient` (`w` may be left out as there).
       num_steps: outer steps to take (from `state`, where given: that many more).
       outer: optax rule for the outer variable; default `optax.adam(1e-1)`.
       transform: prefix tree of `bilevel.transforms`: the rule moves the unconstrained value.
