@@ -87,8 +87,8 @@ lock: ## resolve pyproject.toml into requirements.lock again (hashed, no index a
 	.lock-venv/bin/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes \
 		--no-emit-index-url --no-header --extra dev $(LOCK_ARGS) pyproject.toml -o requirements.lock
 
-clean: ## remove caches, build outputs and demo results
-	rm -rf demo dist build *.egg-info .pytest_cache .ruff_cache .import_linter_cache
+clean: ## remove caches, build outputs and results
+	rm -rf demo results dist build *.egg-info .pytest_cache .ruff_cache .import_linter_cache
 	find . -path './.*' -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean ## also remove the virtual environments

@@ -26,7 +26,7 @@ from solvers.types import Tree
 def run(
     problem: BilevelProblem,
     lam: Tree,
-    w: Tree,
+    w: Tree | None = None,
     *,
     num_steps: int = 100,
     solver: Solver | str | None = None,
@@ -46,7 +46,7 @@ def run(
     """Minimise the outer loss by hypergradient steps; inner and adjoint solves are warm-started.
 
     Args:
-      problem, lam, w, solver, engine, key: as in `hypergradient`.
+      problem, lam, w, solver, engine, key: as in `hypergradient` (`w` may be left out as there).
       num_steps: outer steps to take (from `state`, where given: that many more).
       outer: optax rule for the outer variable; default `optax.adam(1e-1)`.
       transform: prefix tree of `bilevel.transforms`: the rule moves the unconstrained value.
@@ -72,8 +72,9 @@ def run(
     validation.problem(problem)
     engine = validation.engine(engine)
     solver = validation.solver(solver, engine, problem)
-    lam, w = validation.variables("lam", lam), validation.variables("w", w)
     key = jax.random.key(0) if key is None else key
+    lam = validation.variables("lam", lam)
+    w = validation.start(problem, w, lam, key)
     if validation.is_traced(problem, lam, w, solver, engine, key):
         raise TypeError(
             "run works from Python, between compiled chunks: do not call it inside jit."

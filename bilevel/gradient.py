@@ -20,7 +20,7 @@ from solvers.types import Tree
 def hypergradient(
     problem: BilevelProblem,
     lam: Tree,
-    w: Tree,
+    w: Tree | None = None,
     *,
     solver: Solver | str | None = None,
     engine: AbstractEngine | str = "implicit",
@@ -32,7 +32,8 @@ def hypergradient(
     Args:
       problem: the two losses and their data.
       lam: the outer variable, a pytree of floating-point arrays.
-      w: where the inner solve starts, a pytree of floating-point arrays.
+      w: where the inner solve starts, a pytree of floating-point arrays; may be left out where the
+        problem has an `inner_init`, which then says where.
       solver: inner solver or its name; None takes the engine's default.
       engine: hypergradient engine or its name.
       key: random key (batches, probes); None is key 0.
@@ -46,8 +47,9 @@ def hypergradient(
     validation.problem(problem)
     engine = validation.engine(engine)
     solver = validation.solver(solver, engine, problem)
-    lam, w = validation.variables("lam", lam), validation.variables("w", w)
     key = jax.random.key(0) if key is None else key
+    lam = validation.variables("lam", lam)
+    w = validation.start(problem, w, lam, key)
     if throw and validation.is_traced(problem, lam, w, solver, engine, key):
         raise TypeError("inside jit, vmap or grad an error cannot be raised: pass throw=False.")
     validation.losses(problem, w, lam)

@@ -25,8 +25,10 @@ class Problem(eqx.Module):
         are arguments of the compiled program, never constants in it.
       batch_size: rows per batch, or a pair (inner, outer); None uses all rows. A loss that needs to
         know which rows it sees (one weight per example) takes `jnp.arange(n)` as part of its data.
+      same_rows: both levels see the same batch, drawn once per outer step: rows that are tasks, each
+        with its own training and test part and its own slice of `w` (batch_size, ...).
       inner_init: `(lam, batch) -> w`, where every inner solve starts, so that the outer variable can be
-        an initialisation.
+        an initialisation, or that each solve starts afresh instead of from the last solution.
       inner_hvp: `(w, lam, batch, v) -> H v`, the Hessian-vector product of `inner` in w, where it is
         known in closed form; used instead of automatic differentiation.
       outer_projection: `lam -> lam`, applied after each outer step, on the natural scale.
@@ -40,6 +42,7 @@ class Problem(eqx.Module):
     inner_data: Any = None
     outer_data: Any = None
     batch_size: Any = eqx.field(static=True, default=(None, None), kw_only=True)
+    same_rows: bool = eqx.field(static=True, default=False, kw_only=True)
     inner_init: Callable[[Tree, Any], Tree] | None = eqx.field(
         static=True, default=None, kw_only=True
     )
@@ -74,6 +77,22 @@ class Problem(eqx.Module):
             rows = num_rows(data)
             if size > rows:
                 raise ValueError(f"batch_size {size} is larger than the {rows} rows of {name}.")
+        if self.same_rows:
+            self._check_same_rows()
+
+    def _check_same_rows(self) -> None:
+        inner, outer = self.batch_size
+        if inner is None or inner != outer:
+            raise ValueError(
+                "same_rows draws one batch for both levels: expected one batch_size, "
+                f"got {self.batch_size}."
+            )
+        rows = num_rows(self.inner_data), num_rows(self.outer_data)
+        if rows[0] != rows[1]:
+            raise ValueError(
+                "same_rows needs as many rows in inner_data as in outer_data, "
+                f"got {rows[0]} and {rows[1]}."
+            )
 
     def inner_objective(self, lam: Tree) -> Objective:
         return Objective(self.inner, lam, self.inner_hvp)
@@ -83,6 +102,8 @@ class Problem(eqx.Module):
         if size is None:
             return constant_sampler(self.inner_data)
         level = jax.random.fold_in(key, 0)
+        if self.same_rows:
+            return constant_sampler(minibatch(self.inner_data, size, level))
         draw = lambda step: minibatch(self.inner_data, size, jax.random.fold_in(level, step))
         return Sampler(draw, varies=True)
 
@@ -90,7 +111,8 @@ class Problem(eqx.Module):
         size = self.batch_size[1]
         if size is None:
             return self.outer_data
-        return minibatch(self.outer_data, size, jax.random.fold_in(key, 1))
+        level = 0 if self.same_rows else 1
+        return minibatch(self.outer_data, size, jax.random.fold_in(key, level))
 
     def start(self, w: Tree, lam: Tree, batch: Any) -> Tree:
         return w if self.inner_init is None else self.inner_init(lam, batch)

@@ -40,6 +40,23 @@ def variables(name: str, tree: Any) -> Any:
     return jax.tree_util.tree_map_with_path(convert, tree)
 
 
+def start(problem: BilevelProblem, w: Any, lam: Any, key: jax.Array) -> Any:
+    """`w` as `variables` gives it; None, where the problem has an `inner_init`, is that start.
+
+    Raises TypeError for None where it has none.
+    """
+    if w is not None:
+        return variables("w", w)
+    if getattr(problem, "inner_init", None) is None:
+        raise TypeError("w is missing: expected a start for the inner variable, or an inner_init.")
+    return variables("inner_init(lam, batch)", _initial(problem, lam, key))
+
+
+@eqx.filter_jit
+def _initial(problem: BilevelProblem, lam: Any, key: jax.Array) -> Any:
+    return problem.start(None, lam, problem.inner_sampler(key)(0))
+
+
 def engine(value: Any) -> AbstractEngine:
     """An engine from its instance or registry name."""
     if isinstance(value, str):

@@ -181,3 +181,47 @@ def test_throwing_inside_a_trace_names_the_way_out():
         )
     with pytest.raises(ValueError, match="domain"):
         bl.run(bl.Problem(fit, fit), -jnp.ones(2), jnp.ones(3), transform=bl.transforms.Exp())
+
+
+def test_a_batch_of_tasks_is_the_same_rows_on_both_levels(seed):
+    """The outer loss is zero only where its rows are those that the inner solve saw."""
+    inner = lambda w, lam, rows: 0.5 * jnp.sum((w - rows - lam) ** 2)
+    outer = lambda w, lam, rows: jnp.sum((w - rows) ** 2)
+    rows = np.arange(50.0)
+    keys = jax.random.split(jax.random.key(seed), 3)
+
+    def seen(**kwargs):
+        problem = bl.Problem(inner, outer, rows, rows, batch_size=4, **kwargs)
+        return [bl.hypergradient(problem, 0.0, jnp.zeros(4), key=key) for key in keys]
+
+    tied = seen(same_rows=True)
+    np.testing.assert_allclose([h.info.outer_value for h in tied], 0, atol=1e-12)
+    assert not np.allclose(tied[0].w, tied[1].w)  # another draw for another key
+    assert min(float(h.info.outer_value) for h in seen()) > 1
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "rows", "message"),
+    [(None, 5, "one batch_size"), ((2, 3), 5, "one batch_size"), (2, 6, "got 5 and 6")],
+)
+def test_same_rows_needs_one_batch_size_and_as_many_rows(batch_size, rows, message):
+    loss = lambda w, lam, batch: jnp.sum(w)
+    with pytest.raises(ValueError, match=message):
+        bl.Problem(loss, loss, np.ones(5), np.ones(rows), batch_size=batch_size, same_rows=True)
+
+
+def test_the_start_may_be_left_to_inner_init():
+    inner = lambda w, lam, batch: 0.5 * jnp.sum((w - 1) ** 2)
+    outer = lambda w, lam, batch: 0.5 * jnp.sum((w - 3) ** 2)
+    problem = bl.Problem(inner, outer, inner_init=lambda lam, batch: 2 * lam)
+    settings = {"solver": bl.GradientDescent(0.5, max_steps=2), "engine": "unrolled"}
+    h = bl.hypergradient(problem, jnp.ones(3), **settings)
+    # Two steps of 1/2 from 2 lam: w = 1 + (2 lam - 1) / 4, so the gradient is (w - 3) / 2.
+    np.testing.assert_allclose(h.w, 1.25)
+    np.testing.assert_allclose(h.grad, (1.25 - 3) / 2)
+    given = bl.hypergradient(problem, jnp.ones(3), jnp.zeros(3), **settings)
+    np.testing.assert_array_equal(given.grad, h.grad)
+    result = bl.run(problem, jnp.ones(3), num_steps=2, **settings)
+    np.testing.assert_allclose(result.history.outer_value[0], h.info.outer_value)
+    with pytest.raises(TypeError, match="w is missing"):
+        bl.hypergradient(bl.Problem(inner, outer), jnp.ones(3))
