@@ -195,7 +195,7 @@ def test_tune_command_with_a_penalty_per_group(tmp_path, capsys):
 
 
 def test_free_penalties_come_with_a_warning(tmp_path, capsys, monkeypatch):
-    def stop(folds, kind, *_):
+    def stop(folds, kind, *_, **__):
         raise bl.BilevelError(bl.Status.NONFINITE, f"{kind}, {folds.task}", None)
 
     monkeypatch.setattr(tune, "optimise", stop)

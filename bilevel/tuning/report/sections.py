@@ -28,6 +28,7 @@ BASELINES = {
     "noisy": "all training labels as they are",
     "trusted": "the trusted examples alone",
     "pooled": "training and trusted examples together",
+    "self_trained": "both, looked at a second time",
     "oracle": "all training labels put right",
 }
 """Baselines in words; an unknown one goes by its name."""
@@ -193,7 +194,7 @@ def _penalties(result: dict[str, Any], arrays: dict[str, np.ndarray]) -> dict[st
 
 
 def _weights(result: dict[str, Any], arrays: dict[str, np.ndarray]) -> dict[str, Any] | None:
-    """The histogram of the learned weights."""
+    """The histogram of the weights."""
     weights = arrays.get("weights")
     if weights is None or weights.ndim != 1 or weights.dtype.kind != "f" or not len(weights):
         return None
