@@ -101,5 +101,5 @@ def write(saved: Saved, directory: Path) -> Path:
     """Both files in a new directory."""
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "result.json").write_text(json.dumps(plain(saved.result), allow_nan=False))
-    np.savez(directory / "model.npz", **saved.arrays)  # type: ignore[arg-type]
+    np.savez(directory / "model.npz", **saved.arrays)
     return directory

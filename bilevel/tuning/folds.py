@@ -29,7 +29,10 @@ class Folds:
         self.model = MODELS[model]
         self.task = model
         self.num_folds = split.num_folds
-        self.num_outputs = len(table.classes) if model == "softmax" else 1  # type: ignore[arg-type]
+        self.num_outputs = 1
+        if model == "softmax":
+            assert table.classes is not None
+            self.num_outputs = len(table.classes)
         X, y = table.X[split.train], table.y[split.train]
         self.num_rows, self.num_features = X.shape
         self.mean, self.scale = mean_and_scale(X)

@@ -87,6 +87,7 @@ class OutDir:
     def write(self, result: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
         """Both files, the result last: where there is a `result.json`, its model is there too."""
         text = json.dumps(plain(result), indent=2, allow_nan=False) + "\n"
+        # NumPy's stub takes any `**arrays` for its boolean option `allow_pickle`.
         self._put("model.npz", lambda file: np.savez_compressed(file, **arrays))  # type: ignore[arg-type]
         self._put("result.json", lambda file: file.write(text.encode()))
 

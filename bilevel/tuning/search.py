@@ -71,10 +71,7 @@ class Objective:
         if self._state is None:
             self._state = init_engine(*call, self._key)
         h, self._state = engine_step(*call, self._state, self._key, jnp.int32(self.count))
-        if (
-            int(h.info.status) > bl.Status.MAX_STEPS
-        ):  # a budget that ran out is reported, not raised
-            raise bl.BilevelError(int(h.info.status), "the search for penalties", h)
+        _check(int(h.info.status), h)
         self.w, self._last = h.w, (self._problem, point, h)
         self.records.append(record(h))
         value = float(h.info.outer_value)
@@ -99,18 +96,22 @@ class Objective:
         if self.stopped == "interrupted":
             return
         try:
-            minimise(call, start, bounds)
+            self.stopped = minimise(call, start, bounds)
         except KeyboardInterrupt:
             self.stopped = "interrupted"
             say(INTERRUPTED.format(done=f"{self.count} evaluations"))
 
     def steps(self) -> Steps:
-        """What the evaluations were, the last one with an error estimate where the engine has one."""
+        """What the evaluations were, the last one with an error estimate where the engine has one.
+
+        Raises BilevelError where the estimate finds that the hypergradient does not exist.
+        """
         records = list(self.records)
         if self._last is not None and can_estimate(self._last[0], self._solver, self._engine):
             problem, point, h = self._last
-            call = (problem, self._solver, self._engine, point, h, self._key)
-            records[-1] = record(_estimated(*call))
+            h = _estimated(problem, self._solver, self._engine, point, h, self._key)
+            _check(int(h.info.status), h)
+            records[-1] = record(h)
         columns = zip(*records, strict=True) if records else [[]] * len(History._fields)
         history = History._make(np.asarray(column) for column in columns)
         status = max((bl.Status(int(one.status)) for one in records), default=bl.Status.OK)
@@ -120,12 +121,23 @@ class Objective:
 _estimated = eqx.filter_jit(with_estimate)
 
 
+def _check(status: int, outcome: bl.Hypergradient) -> None:
+    """Raise for what cannot be trusted; a budget that ran out is reported, not raised."""
+    if status > bl.Status.MAX_STEPS:
+        raise bl.BilevelError(status, "the search for penalties", outcome)
+
+
+ENDS = ("converged", "num_steps", "stalled")
+"""How a search ends, by SciPy's number: at its tolerance, at its budget, or in a line search that rounding
+and inexact inner solves defeat."""
+
+
 def minimise(
     call: Callable[[np.ndarray], tuple[float, np.ndarray]],
     start: np.ndarray,
     bounds: list[tuple[float, float | None]],
-) -> None:
-    """Bounded quasi-Newton search; the values are in units of a log-likelihood."""
+) -> str:
+    """Bounded quasi-Newton search, one of `ENDS`; the values are in units of a log-likelihood."""
     first = None
 
     def gain(point: np.ndarray) -> tuple[float, np.ndarray]:
@@ -137,7 +149,8 @@ def minimise(
 
     # The budget is for free penalties; the others need about ten evaluations.
     stop = {"maxiter": 100, "maxfun": 150, "ftol": 5e-4, "gtol": 0.005}
-    minimize(gain, start, jac=True, method="L-BFGS-B", bounds=bounds, options=stop)
+    found = minimize(gain, start, jac=True, method="L-BFGS-B", bounds=bounds, options=stop)
+    return ENDS[found.status]
 
 
 def optimise(

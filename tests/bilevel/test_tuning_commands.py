@@ -209,6 +209,26 @@ def test_free_penalties_come_with_a_warning(tmp_path, capsys, monkeypatch):
     assert "the computation failed: free, ridge" in error
 
 
+def test_a_hypergradient_that_the_estimate_refutes_is_no_result(tmp_path, capsys, monkeypatch):
+    """Negative curvature found after the search, by the probe of the error estimate alone."""
+
+    def indefinite(problem, solver, engine, lam, h, key):
+        return h._replace(info=h.info._replace(status=np.int32(bl.Status.INDEFINITE)))
+
+    monkeypatch.setattr(search, "_estimated", indefinite)
+    out = tmp_path / "out"
+    assert cli.main(["tune", "wine", "--out", str(out)]) == 1
+    assert "the computation failed" in (error := capsys.readouterr().err) and "INDEFINITE" in error
+    assert not out.exists()
+
+
+def test_a_search_says_how_it_ended():
+    bowl = lambda x: (1e3 * float(x @ x), 2e3 * x)
+    assert search.minimise(bowl, np.array([1.0, 2.0]), [(None, None)] * 2) == "converged"
+    cliff = lambda x: (1e3 * float(x @ x), -2e3 * x)  # a gradient that points the wrong way
+    assert search.minimise(cliff, np.array([1.0, 2.0]), [(None, None)] * 2) == "stalled"
+
+
 def test_clean_command(tmp_path, capsys):
     line = "clean wine --trusted 24 --seed 2"
     result, model, text = run(f"{line} --flip 0.3", tmp_path / "flip", capsys)
