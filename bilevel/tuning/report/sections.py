@@ -160,7 +160,11 @@ def _steps(history: Any) -> dict[str, Any] | None:
     return {
         "objective": charts.line(history["objective"], values, bad, log=False),
         "norm": charts.line(norms, texts, bad, log=True) if shown else None,
-        "errors": [(i, f"{error:.1g}") for i, error in known],
+        # Near a minimum the gradient sinks below its own error, which is no fault of the run.
+        "errors": [
+            (i, f"{error:.1g}" + (" (the norm is below its error)" if error >= 1 else ""))
+            for i, error in known
+        ],
         "bad": sum(bad),
     }
 
@@ -220,7 +224,7 @@ def _suspects(
             "row": int(item["row"]),
             "given": str(item.get("given")),
             "predicted": str(item["predicted"]) if item.get("predicted") is not None else None,
-            "weight": f"{item['weight']:.3f}",
+            "weight": f"{item['weight']:.2g}",
         }
         for item in found
     ]
