@@ -1,6 +1,7 @@
 """Strict numerics, fixed seeds and a compilation cache for the whole suite."""
 
 import functools
+import gc
 import os
 
 # Programs here are compiled once and run for milliseconds: compile quickly. Before JAX starts.
@@ -33,6 +34,23 @@ def pytest_configure(config: pytest.Config) -> None:
         directory = cache.mkdir("jax") / worker
         jax.config.update("jax_compilation_cache_dir", str(directory))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
+
+
+_finished = 0
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown() -> None:
+    """Let go of compiled programs now and then.
+
+    Each holds memory maps, several hundred for the programs of one test, and XLA aborts the process where
+    Linux gives no more (65530 by default). The cache on disk makes the next compilation of them short.
+    """
+    global _finished
+    _finished += 1
+    if _finished % 40 == 0:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture
