@@ -86,16 +86,6 @@ def all_finite(x: Tree) -> Array:
     return jax.tree.reduce(jnp.logical_and, checks, jnp.asarray(True))
 
 
-def random_normal(key: Array, like: Tree) -> Tree:
-    """Independent standard normal entries, shaped like `like`."""
-    leaves, treedef = jax.tree.flatten(like)
-    keys = jax.random.split(key, len(leaves))
-    draws = [
-        jax.random.normal(k, leaf.shape, leaf.dtype) for k, leaf in zip(keys, leaves, strict=True)
-    ]
-    return jax.tree.unflatten(treedef, draws)
-
-
 def flatten(x: Tree) -> tuple[Array, Callable[[Array], Tree]]:
     """One vector of the accumulation dtype, and the way back (which restores each leaf's dtype)."""
     leaves, treedef = jax.tree.flatten(x)

@@ -64,7 +64,7 @@ def finish(
     matvec: MatVec,
     b: Tree,
     x: Tree,
-    residual: Scalar,
+    remainder: Tree,
     *,
     num_steps: Array,
     code: Array,
@@ -72,20 +72,19 @@ def finish(
     target: Scalar,
     largest: Scalar,
 ) -> LinearInfo:
-    """Judge a finished solve by its true residual `||b - A x||` and fill in the report.
+    """Judge a finished solve by its recomputed `remainder = b - A x` and fill in the report.
 
     The target is floored by what rounding allows, `10 eps (L ||x|| + ||b||)`. A solve that missed
     the target although nothing else was wrong is MAX_STEPS, or BREAKDOWN where what is left of the
     right-hand side lies in the null space of `A`, so that no number of steps would remove it.
     """
-    b_norm = tree.norm(b)
+    b_norm, residual = tree.norm(b), tree.norm(remainder)
     eps = tree.epsilon(b)
     floor = 10 * eps * (largest * tree.norm(x) + b_norm)
     missed = ~(residual <= jnp.maximum(target, floor))
 
     def name_the_miss(_: None) -> Array:
-        remainder = tree.axpy(-1.0, matvec(x), b)
-        in_null_space = tree.norm(matvec(remainder)) <= eps**0.5 * largest * tree.norm(remainder)
+        in_null_space = tree.norm(matvec(remainder)) <= eps**0.5 * largest * residual
         return jnp.where(in_null_space, jnp.int32(Status.BREAKDOWN), jnp.int32(Status.MAX_STEPS))
 
     code = jax.lax.cond(

@@ -54,61 +54,75 @@ class CG(AbstractLinearSolver):
             max_steps = min(max(10 * tree.size(b), 100), 5000)
         precondition = (lambda r: r) if self.preconditioner is None else self.preconditioner
 
-        def is_open(carry: _Pass) -> Array:
-            return (carry.residual > target) & (carry.steps < max_steps) & (carry.code == Status.OK)
+        x0 = tree.where(b_norm > 0, x0, tree.zeros_like(x0))
+        warm = tree.max_abs(x0) > 0
 
-        def step(carry: _Step) -> _Step:
-            outer = carry.outer
-            image = matvec(carry.p)
-            kappa, length2 = tree.vdot(carry.p, image), tree.vdot(carry.p, carry.p)
+        def is_open(residual: Scalar, steps: Array, code: Array) -> Array:
+            return (residual > target) & (steps < max_steps) & (code == Status.OK)
+
+        def step(c: _Carry) -> _Carry:
+            """One product: with the direction, or with `x` to recompute the residual.
+
+            Both in one body, since compilation takes as long as the products that are written out.
+            """
+            image = matvec(tree.where(c.recompute, c.x, c.p))
+            kappa, length2 = tree.vdot(c.p, image), tree.vdot(c.p, c.p)
             rayleigh = kappa / length2
-            largest = jnp.maximum(outer.largest, tree.norm(image) / jnp.sqrt(length2))
+            largest = jnp.maximum(c.largest, tree.norm(image) / jnp.sqrt(length2))
             flat = 10 * eps * largest
             code = jnp.where(
                 rayleigh < -flat,
                 jnp.int32(Status.INDEFINITE),
                 jnp.where(rayleigh <= flat, jnp.int32(Status.BREAKDOWN), jnp.int32(Status.OK)),
             )
-            alpha = jnp.where(code == Status.OK, carry.gamma / kappa, jnp.zeros((), dtype))
-            x = tree.axpy(alpha, carry.p, outer.x)
-            r = tree.axpy(-alpha, image, carry.r)
-            z = precondition(r)
-            gamma = tree.vdot(r, z)
-            p = tree.axpy(gamma / carry.gamma, carry.p, z)
-            outer = outer._replace(
-                x=x,
-                residual=tree.norm(r),
-                steps=outer.steps + 1,
-                code=code,
-                curvature=jnp.minimum(outer.curvature, rayleigh),
-                largest=largest,
+            code = jnp.where(c.recompute, c.code, code)
+            moves = ~c.recompute & (code == Status.OK)
+            alpha = jnp.where(moves, c.gamma / kappa, jnp.zeros((), dtype))
+            x = tree.axpy(alpha, c.p, c.x)
+            r = tree.axpy(
+                -jnp.where(c.recompute, jnp.ones((), dtype), alpha),
+                image,
+                tree.where(c.recompute, b, c.r),
             )
-            return _Step(outer, r, p, gamma)
-
-        def run(carry: _Pass) -> _Pass:
-            """Recompute the residual; where it misses the target and still falls, iterate on it."""
-            r = tree.axpy(-1.0, matvec(carry.x), b)
             residual = tree.norm(r)
             z = precondition(r)
-            begin = carry._replace(residual=residual, last_true=residual)
-            falls = residual < 0.5 * carry.last_true
-            ended = jax.lax.while_loop(
-                lambda c: falls & is_open(c.outer), step, _Step(begin, r, z, tree.vdot(r, z))
-            ).outer
-            return ended._replace(is_true=ended.steps == carry.steps)
+            gamma = tree.vdot(r, z)
+            beta = jnp.where(c.recompute, jnp.zeros((), dtype), gamma / c.gamma)
+            steps = c.steps + jnp.where(c.recompute, 0, 1)
+            opened = is_open(residual, steps, code)
+            return _Carry(
+                x=x,
+                r=r,
+                p=tree.axpy(beta, c.p, z),
+                gamma=gamma,
+                residual=residual,
+                last_true=jnp.where(c.recompute, residual, c.last_true),
+                recompute=~c.recompute & ~opened,
+                # The recomputed residual ends it where it met the target or no longer falls.
+                done=c.recompute & ~(opened & (residual < 0.5 * c.last_true)),
+                steps=steps,
+                code=code,
+                curvature=jnp.where(c.recompute, c.curvature, jnp.minimum(c.curvature, rayleigh)),
+                largest=jnp.where(c.recompute, c.largest, largest),
+            )
 
-        infinity = jnp.asarray(jnp.inf, dtype)
+        z = precondition(b)
+        ok = jnp.int32(Status.OK)
         last = jax.lax.while_loop(
-            lambda c: ~c.is_true,
-            run,
-            _Pass(
-                x=tree.where(b_norm > 0, x0, tree.zeros_like(x0)),
-                residual=infinity,
-                last_true=infinity,
-                is_true=jnp.asarray(False),
+            lambda c: ~c.done,
+            step,
+            _Carry(
+                x=x0,
+                r=b,
+                p=z,
+                gamma=tree.vdot(b, z),
+                residual=b_norm,
+                last_true=jnp.where(warm, jnp.asarray(jnp.inf, dtype), b_norm),
+                recompute=warm,
+                done=~warm & ~is_open(b_norm, jnp.int32(0), ok),
                 steps=jnp.int32(0),
-                code=jnp.int32(Status.OK),
-                curvature=infinity,
+                code=ok,
+                curvature=jnp.asarray(jnp.inf, dtype),
                 largest=jnp.zeros((), dtype),
             ),
         )
@@ -117,7 +131,7 @@ class CG(AbstractLinearSolver):
             matvec,
             b,
             last.x,
-            last.residual,
+            last.r,
             num_steps=last.steps,
             code=last.code,
             curvature=curvature,
@@ -127,23 +141,16 @@ class CG(AbstractLinearSolver):
         return last.x, accept_fixed_budget(info, self.rtol, self.atol)
 
 
-class _Pass(NamedTuple):
-    """What survives a restart."""
-
+class _Carry(NamedTuple):
     x: Tree
+    r: Tree
+    p: Tree
+    gamma: Scalar
     residual: Scalar
-    last_true: Scalar  # the residual recomputed at the last restart
-    is_true: Array  # whether `residual` is recomputed, not the recursion's
+    last_true: Scalar  # the residual when it was last recomputed
+    recompute: Array  # whether the next product is for the residual
+    done: Array
     steps: Array
     code: Array
     curvature: Scalar
     largest: Scalar
-
-
-class _Step(NamedTuple):
-    """One run of the recursion."""
-
-    outer: _Pass
-    r: Tree
-    p: Tree
-    gamma: Scalar

@@ -50,13 +50,12 @@ class Dense(AbstractLinearSolver):
             return state.vectors @ (inverse * (state.vectors.T @ flat))
 
         x = unflatten(jax.lax.cond(definite, by_cholesky, by_eigenvectors, None))
-        residual = tree.norm(tree.axpy(-1.0, matvec(x), b))
         code = jnp.where(smallest < -rounding, jnp.int32(Status.INDEFINITE), jnp.int32(Status.OK))
         info = finish(
             matvec,
             b,
             x,
-            residual,
+            tree.axpy(-1.0, matvec(x), b),
             num_steps=jnp.where(tree.norm(b) > 0, jnp.int32(flat.size), jnp.int32(0)),
             code=code,
             curvature=smallest,

@@ -103,7 +103,7 @@ class Neumann(AbstractLinearSolver):
             matvec,
             b,
             last.x,
-            last.residual,  # r is recomputed from x at each step, so this is the true residual
+            last.r,  # recomputed from x at each step
             num_steps=last.steps,
             code=last.code,
             curvature=jnp.where(jnp.isinf(last.curvature), jnp.nan, last.curvature),

@@ -18,7 +18,8 @@ def ritz_values(matvec: MatVec, like: Tree, key: Array, num_steps: int = 12) -> 
 
     Source: Golub and Van Loan, Matrix Computations, chapter 10.
     """
-    start, unflatten = tree.flatten(tree.random_normal(key, like))
+    flat, unflatten = tree.flatten(like)
+    start = jax.random.normal(key, flat.shape, flat.dtype)  # one draw: its code is long to compile
     start = start / jnp.linalg.norm(start)
     dim, dtype = start.size, start.dtype
     num_steps = min(num_steps, dim)
