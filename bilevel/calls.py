@@ -31,9 +31,10 @@ def with_estimate(
     engine: AbstractEngine,
     lam: Tree,
     h: Hypergradient,
+    state: Any,
     key: Array,
 ) -> Hypergradient:
-    """The hypergradient with its error estimate filled in.
+    """The hypergradient with its error estimate filled in; `state` is the engine's after the step.
 
     Where the engine is implicit and undamped, what the estimate's solves found (negative curvature, a
     singular system) is a verdict on the hypergradient too.
@@ -46,15 +47,20 @@ def with_estimate(
         problem.inner_sampler(key)(0),
         problem.outer_batch(key),
         jax.random.fold_in(key, 3),
+        engine.adjoint(state),
     )
     info = h.info
     error = found.error.astype(info.error_estimate.dtype)
+    value = found.corrected_value.astype(info.corrected_value.dtype)
     status = info.status
     damping = getattr(engine, "damping", None)
     if damping is not None:
         status = jnp.where(damping == 0, combine(status, found.status), status)
     curvature = jnp.fmin(info.curvature, found.curvature.astype(info.curvature.dtype))
-    return h._replace(info=info._replace(error_estimate=error, status=status, curvature=curvature))
+    info = info._replace(
+        error_estimate=error, corrected_value=value, status=status, curvature=curvature
+    )
+    return h._replace(info=info)
 
 
 @eqx.filter_jit

@@ -231,7 +231,7 @@ def _chunk(
         last = state.step - 1
         at_solver, at_engine = at_step((solver, engine), last)
         step_key = jax.random.fold_in(key, last)
-        info = with_estimate(problem, at_solver, at_engine, lam, h, step_key).info
+        info = with_estimate(problem, at_solver, at_engine, lam, h, state.engine, step_key).info
         index = taken - 1
         rows = buffer._replace(
             error_estimate=buffer.error_estimate.at[index].set(info.error_estimate),

@@ -64,8 +64,8 @@ def _hypergradient(
     problem: BilevelProblem, solver: Any, engine: Any, w: Tree, lam: Tree, key: Array
 ) -> Hypergradient:
     state = init_engine(problem, solver, engine, w, lam, key)
-    h, _ = engine_step(problem, solver, engine, w, lam, state, key, jnp.int32(0))
+    h, state = engine_step(problem, solver, engine, w, lam, state, key, jnp.int32(0))
     if can_estimate(problem, solver, engine):
         solver, engine = at_step((solver, engine), 0)
-        h = with_estimate(problem, solver, engine, lam, h, key)
+        h = with_estimate(problem, solver, engine, lam, h, state, key)
     return h

@@ -59,6 +59,8 @@ class HypergradInfo(NamedTuple):
     """The smallest Rayleigh or Ritz value of the inner Hessian seen; NaN = unknown."""
     error_estimate: Array
     """Estimated error of `grad` relative to its norm; NaN = unknown."""
+    corrected_value: Array
+    """The outer value at the inner solution, to second order in the inner error; NaN = unknown."""
     status: Array
     """A `Status`, int32: the worst of the solves behind this hypergradient."""
 
@@ -95,6 +97,10 @@ class AbstractEngine(Settings):
     ) -> tuple[Hypergradient, Any]:
         """Inner solve from `w` and hypergradient at `lam`."""
 
+    def adjoint(self, state: Any) -> Tree | None:
+        """The solution of the adjoint system that the last step found; None where the engine has none."""
+        return None
+
     @classmethod
     def default_solver(cls) -> AbstractInnerSolver:
         """The inner solver where the user names none."""
@@ -118,6 +124,7 @@ def make_info(
     adjoint_residual: Array | None = None,
     adjoint_steps: Array | int = 0,
     curvature: Array | None = None,
+    corrected_value: Array | None = None,
 ) -> HypergradInfo:
     """The report, with the worst status of all parts and of what is not finite."""
     nan = jnp.full((), jnp.nan, inner.residual.dtype)
@@ -129,5 +136,6 @@ def make_info(
         adjoint_steps=jnp.asarray(adjoint_steps, jnp.int32),
         curvature=nan if curvature is None else curvature,
         error_estimate=nan,
+        corrected_value=nan if corrected_value is None else corrected_value,
         status=combine(inner.status, broken, *statuses),
     )

@@ -24,12 +24,14 @@ def outer_value_and_grads(
     return value, grad_w, grad_lam
 
 
-def hessian_product(
+def gradient_and_hessian_product(
     problem: BilevelProblem, w: Tree, lam: Tree, batch: Any, damping: Array | float = 0.0
-) -> MatVec:
-    """`v -> (H + damping I) v` at `(w, lam)`, linearised once; the problem's own product if it has one."""
-    _, hvp = linearized_hvp(problem.inner_objective(lam), w, batch)
-    return lambda v: tree.axpy(damping, v, hvp(v))
+) -> tuple[Tree, MatVec]:
+    """`dg/dw` and `v -> (H + damping I) v` at `(w, lam)`, linearised once; the problem's own product if it
+    has one.
+    """
+    gradient, hvp = linearized_hvp(problem.inner_objective(lam), w, batch)
+    return gradient, lambda v: tree.axpy(damping, v, hvp(v))
 
 
 def cross_vjp(

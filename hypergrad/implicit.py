@@ -14,7 +14,7 @@ from hypergrad.base import (
     make_info,
     make_solver,
 )
-from hypergrad.derivatives import cross_vjp, hessian_product, outer_value_and_grads
+from hypergrad.derivatives import cross_vjp, gradient_and_hessian_product, outer_value_and_grads
 from solvers import CG, AbstractLinearSolver, tree
 from solvers.fields import Number, number, static
 from solvers.loops import solve
@@ -70,7 +70,7 @@ class Implicit(AbstractEngine):
         w, inner_state, inner = solve(solver, objective, w, inner_state, sampler)
 
         value, c, grad_lam = outer_value_and_grads(problem, w, lam, problem.outer_batch(key))
-        product = hessian_product(problem, w, lam, batch, self.damping)
+        residual, product = gradient_and_hessian_product(problem, w, lam, batch, self.damping)
         linear_key = jax.random.fold_in(key, 2)
         prepared = linear.init(product, w, linear_key)
         warm = tree.where(tree.all_finite(state.adjoint), state.adjoint, tree.zeros_like(w))
@@ -85,8 +85,12 @@ class Implicit(AbstractEngine):
             adjoint_residual=adjoint.residual,
             adjoint_steps=adjoint.num_steps,
             curvature=adjoint.curvature - jnp.asarray(self.damping, adjoint.curvature.dtype),
+            corrected_value=value - tree.vdot(q, residual).astype(value.dtype),
         )
         return Hypergradient(grad, w, info), _State(inner_state, q)
+
+    def adjoint(self, state: "_State") -> Tree:
+        return state.adjoint
 
 
 class _State(NamedTuple):

@@ -1,11 +1,14 @@
 """Which engine and which inner solver a command uses."""
 
+import dataclasses
 from typing import Any
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 
 import bilevel as bl
+from bilevel.calls import engine_step, init_engine
 from hypergrad.registry import ENGINES
 from solvers.loops import solve as solve_inner
 from solvers.types import constant_sampler
@@ -52,6 +55,20 @@ def check(result: bl.Result) -> bl.Result:
 def solve(problem: bl.Problem, lam: Any, w: Any) -> tuple[Any, Any]:
     """Outer value and `w` of a converged inner solve, however an engine left it."""
     return _solve(problem, newton(), jnp.asarray(lam, float), w)
+
+
+def solve_in_search(problem: bl.Problem, lam: Any, w: Any, tol: float | None) -> tuple[Any, Any]:
+    """As `solve`, by the program that a search with `implicit` runs, so that none is compiled for it.
+
+    `tol` is of the inner solve, None as in the search.
+    """
+    solver = newton() if tol is None else dataclasses.replace(newton(), tol=tol)
+    # A solution of the adjoint system to its full size is none at all: zero, in no steps.
+    engine = bl.Implicit(linear_solver=bl.CG(rtol=1.0))
+    lam, key = jnp.asarray(lam, float), jax.random.key(0)
+    state = init_engine(problem, solver, engine, w, lam, key)
+    h, _ = engine_step(problem, solver, engine, w, lam, state, key, jnp.int32(0))
+    return h.info.outer_value, h.w
 
 
 @eqx.filter_jit

@@ -83,24 +83,30 @@ class Folds:
         num_folds = self.num_folds if num_folds is None else num_folds
         return init_weights(num_folds, self.num_features, self.num_outputs)
 
-    def solve(self, penalty: Any, w: Any) -> tuple[float, Any]:
-        """Held-out loss in the units of the target, and the weights, of a converged inner solve.
+    def solve(self, theta: Any, rule: Rule, w: Any, tol: float | None = None) -> tuple[float, Any]:
+        """Held-out loss in the units of the target, without the prior, and the weights.
 
-        `penalty` is one number or an array that broadcasts to (K, d).
+        Of a converged inner solve, however an engine left it; to a residual of `tol`, where given.
         """
-        rule = penalties.fixed(penalty, self.num_folds, self.num_features)
-        value, w = engines.solve(self.problem(rule), jnp.ones(1), w)
+        rule = rule._replace(weight=jnp.zeros_like(rule.weight))
+        value, w = engines.solve_in_search(self.problem(rule), theta, w, tol)
         return float(value) * self.y_scale**2, w
 
-    def curve(self, grid: np.ndarray) -> tuple[np.ndarray, Any]:
+    def curve(
+        self, grid: np.ndarray, rule: Rule | None = None, tol: float | None = None
+    ) -> tuple[np.ndarray, Any]:
         """Held-out losses over single penalties, and the weights at the best.
 
-        Solved from the strongest penalty to the weakest, each from the solution before.
+        Solved from the strongest penalty to the weakest, each from the solution before. A `rule` with a
+        level to set gives the shapes of a search's rule, whose program then serves.
         """
+        if rule is None:
+            rule = penalties.single(self.num_features, self.num_rows)
         values = np.empty(len(grid))
         w = best = self.start()
         for i in np.argsort(-grid):
-            values[i], w = self.solve(float(grid[i]), w)
+            theta = np.log(grid[i]) * penalties.line(rule)
+            values[i], w = self.solve(theta, rule, w, tol)
             if values[i] <= np.min(values[grid >= grid[i]]):
                 best = w
         return values, best
@@ -112,7 +118,7 @@ class Folds:
         solve. Coefficients are those of standardised features and, for ridge, of a target of variance 1.
         `penalty` is one number or (d,).
         """
-        rule = penalties.fixed(penalty, 1, self.num_features)
+        rule = penalties.fixed(penalty, self.num_features)
         batch = FoldBatch(self.X, **_stack([self._training[part]]), rule=rule)
         # The outer value is not wanted here.
         problem = bl.Problem(self.model.inner, self.model.outer, batch, batch)

@@ -40,10 +40,21 @@ def relative_penalties(score: np.ndarray, ridge: np.ndarray) -> np.ndarray:
     return q.mean(axis=1, keepdims=True) - q
 
 
-def fixed(penalty: float | np.ndarray, num_folds: int, num_features: int) -> Rule:
-    """Given penalties, broadcast to (K, d), at `theta = [1]`; no prior."""
-    log_penalty = np.broadcast_to(np.log(penalty), (num_folds, num_features))
-    return _rule(log_penalty[:, None, :], np.ones(1), np.zeros((1, 1)), 0.0, 1)
+def fixed(penalty: float | np.ndarray, num_features: int) -> Rule:
+    """Given penalties, a number or (d,), for one fold at `theta = [1]`; no prior."""
+    log_penalty = np.broadcast_to(np.log(penalty), (num_features,))
+    return _rule(log_penalty[None, None, :], np.ones(1), np.zeros((1, 1)), 0.0, 1)
+
+
+def single(num_features: int, num_rows: int) -> Rule:
+    """One penalty, without a prior."""
+    return make_rule("single", np.zeros((1, 2, num_features)), None, 0.0, num_rows)
+
+
+def line(rule: Rule) -> np.ndarray:
+    """The direction of theta along which the level rises, and nothing else: `level @ line = 1`, (p,)."""
+    level = np.asarray(rule.level)
+    return level / (level @ level)
 
 
 def at(theta: np.ndarray, rule: Rule) -> np.ndarray:

@@ -41,7 +41,9 @@ class Tuned(NamedTuple):
     """Each evaluation with a hypergradient; the status is the worst of them, where it is not fatal."""
     evaluations: dict[str, int]
     """Evaluations of the cross-validated loss (K fits each): `pilot` and `search` with its gradient, the
-    coarse grid, the statistics (K + 1 fits) and the closing solve without."""
+    coarse grid, the statistics (K + 1 fits) and the closing solves without."""
+    rule: Rule
+    """Of the folds."""
 
 
 class Objective:
@@ -72,7 +74,7 @@ class Objective:
             self._state = init_engine(*call, self._key)
         h, self._state = engine_step(*call, self._state, self._key, jnp.int32(self.count))
         _check(int(h.info.status), h)
-        self.w, self._last = h.w, (self._problem, point, h)
+        self.w, self._last = h.w, (self._problem, point, h, self._state)
         self.records.append(record(h))
         value = float(h.info.outer_value)
         if value < self.best[0]:
@@ -91,12 +93,13 @@ class Objective:
         start: np.ndarray,
         bounds: list[tuple[float, float | None]],
         say: Callable[[str], None],
+        rough: bool = False,
     ) -> None:
         """`minimise` until it ends or Ctrl-C does; after that, nothing."""
         if self.stopped == "interrupted":
             return
         try:
-            self.stopped = minimise(call, start, bounds)
+            self.stopped = minimise(call, start, bounds, rough)
         except KeyboardInterrupt:
             self.stopped = "interrupted"
             say(INTERRUPTED.format(done=f"{self.count} evaluations"))
@@ -108,8 +111,9 @@ class Objective:
         """
         records = list(self.records)
         if self._last is not None and can_estimate(self._last[0], self._solver, self._engine):
-            problem, point, h = self._last
-            h = _estimated(problem, self._solver, self._engine, point, h, self._key)
+            problem, point, h, state = self._last
+            call = (problem, self._solver, self._engine, point, h, state, self._key)
+            h = _estimated(*call)
             _check(int(h.info.status), h)
             records[-1] = record(h)
         columns = zip(*records, strict=True) if records else [[]] * len(History._fields)
@@ -136,6 +140,7 @@ def minimise(
     call: Callable[[np.ndarray], tuple[float, np.ndarray]],
     start: np.ndarray,
     bounds: list[tuple[float, float | None]],
+    rough: bool = False,
 ) -> str:
     """Bounded quasi-Newton search, one of `ENDS`; the values are in units of a log-likelihood."""
     first = None
@@ -148,7 +153,8 @@ def minimise(
         return value - first, grad
 
     # The budget is for free penalties; the others need about ten evaluations.
-    stop = {"maxiter": 100, "maxfun": 150, "ftol": 5e-4, "gtol": 0.005}
+    ftol, gtol = (0.05, 0.1) if rough else (5e-4, 0.005)
+    stop = {"maxiter": 100, "maxfun": 150, "ftol": ftol, "gtol": gtol}
     found = minimize(gain, start, jac=True, method="L-BFGS-B", bounds=bounds, options=stop)
     return ENDS[found.status]
 
@@ -179,25 +185,27 @@ def _optimise(
     bar: Progress,
 ) -> Tuned:
     n, num_parts = folds.num_rows, len(folds.parts)
-    values, w = folds.curve(COARSE)
-    coarse = float(COARSE[int(np.argmin(values))])
-    say(f"best of a coarse grid: penalty {coarse:.0e}, cross-validated loss {values.min():.5g}")
+    unknown = np.zeros((num_parts, 2, folds.num_features))
+    weight = 1 / n
 
     def make_rule(relative: np.ndarray, weight: float) -> Rule:
         return penalties.make_rule(kind, relative, group, weight, n)
 
-    objective = Objective(folds, w, engine, bar)
-    unknown = np.zeros((num_parts, 2, folds.num_features))
-    weight = 1 / n
     rule = make_rule(unknown[:-1], 0.0 if kind == "single" else weight)
-    theta = _pilot(objective, rule, weight, np.log(coarse), say)
+    values, w = folds.curve(COARSE, rule, tol=1e-3)  # tells them apart
+    coarse = float(COARSE[int(np.argmin(values))])
+    say(f"best of a coarse grid: penalty {coarse:.0e}, cross-validated loss {values.min():.5g}")
+
+    objective = Objective(folds, w, engine, bar)
+    rough = kind != "single"
+    theta = _pilot(objective, rule, weight, np.log(coarse), say, rough)
     if kind != "single" and folds.task == "ridge" and objective.best[1] is not None:
         # The unit of a log-likelihood is the noise variance; the pilot's prior is the hinge alone.
         noise = 2 * (objective.best[0] - float(prior(jnp.asarray(theta), rule)))
         weight = max(noise, 1e-12) / n  # a target without noise leaves nothing to divide by
         if rule.level @ theta < -np.log(n):
             rule = make_rule(unknown[:-1], weight)
-            theta = _pilot(objective, rule, weight, float(rule.level @ theta), say)
+            theta = _pilot(objective, rule, weight, float(rule.level @ theta), say, rough)
     counts = {"coarse": len(COARSE), "pilot": objective.count}
     refit_rule = rule
     if kind != "single":
@@ -215,11 +223,14 @@ def _optimise(
         # Interrupted before the first evaluation: one penalty for all.
         theta = _single(kind, theta) if objective.best[1] is None else objective.best[1]
     counts |= {"search": objective.count - counts["pilot"], "closing": 1}
-    cv_loss, _ = folds.solve(penalties.at(theta, rule), objective.best[2])
-    if kind == "single" and cv_loss > values.min():
-        # An engine's own weights can flatter its outer value.
-        say("the search did not improve on the coarse grid")
-        theta, cv_loss = np.log([coarse]), float(values.min())
+    cv_loss, _ = folds.solve(theta, rule, objective.best[2])
+    if kind == "single":
+        counts["closing"] = 2
+        coarse_loss, _ = folds.solve(np.log([coarse]), rule, w)
+        if cv_loss > coarse_loss:
+            # An engine's own weights can flatter its outer value.
+            say("the search did not improve on the coarse grid")
+            theta, cv_loss = np.log([coarse]), coarse_loss
     say(f"{objective.count} hypergradients: cross-validated loss {cv_loss:.5g}")
     chosen = penalties.at(theta, refit_rule)[0]
     return Tuned(
@@ -230,22 +241,30 @@ def _optimise(
         folds.fit_part(-1, chosen),
         objective.steps(),
         counts,
+        rule,
     )
 
 
 def _pilot(
-    objective: Objective, rule: Rule, unit: float, level: float, say: Callable[[str], None]
+    objective: Objective,
+    rule: Rule,
+    unit: float,
+    level: float,
+    say: Callable[[str], None],
+    rough: bool,
 ) -> np.ndarray:
-    """The theta of the best single penalty under the rule: a search along one line."""
-    level_of = np.asarray(rule.level)
-    line = level_of / (level_of @ level_of)
+    """The theta of the best single penalty under the rule: a search along one line.
+
+    `rough` where another search goes on from there.
+    """
+    line = penalties.line(rule)
 
     def along(a: np.ndarray) -> tuple[float, np.ndarray]:
         value, grad = objective(a * line)
         return value, np.array([line @ grad])
 
     objective.use(rule, unit)
-    objective.search(along, np.array([level]), [LOG_BOUNDS], say)
+    objective.search(along, np.array([level]), [LOG_BOUNDS], say, rough)
     return level * line if objective.best[1] is None else objective.best[1]
 
 

@@ -10,6 +10,7 @@ from bilevel.tuning import output
 from bilevel.tuning.baselines import sklearn_baselines
 from bilevel.tuning.data import Table
 from bilevel.tuning.folds import BOUNDS, Folds, raw_model
+from bilevel.tuning.models import Rule
 from bilevel.tuning.options import Groups
 from bilevel.tuning.output import Outcome
 from bilevel.tuning.scores import log_probabilities, scores
@@ -61,7 +62,7 @@ def tune(
     tuned, seconds = timed(search, say)
     say("baselines on the same splits and folds")
     baselines = sklearn_baselines(table, split)
-    baselines["single"] = _single(folds)
+    baselines["single"] = _single(folds, tuned.rule)
     fitted = raw_model(folds, tuned.refit)
     result = {
         "task": model,
@@ -107,10 +108,10 @@ def _hyperparameters(
     return found | {"penalties": [{"feature": name, "penalty": value} for name, value in pairs]}
 
 
-def _single(folds: Folds) -> dict[str, Any]:
-    """One penalty by the fine grid on the same folds."""
+def _single(folds: Folds, rule: Rule) -> dict[str, Any]:
+    """One penalty by the fine grid on the same folds; `rule` has the shapes of the search's."""
     grid = np.geomspace(*BOUNDS, NUM_FINE)
-    values, _ = folds.curve(grid)
+    values, _ = folds.curve(grid, rule)
     best = int(np.argmin(values))
     return {
         "penalty": float(grid[best]),

@@ -33,7 +33,7 @@ def test_folds_and_refit_match_scikit_learn(task, penalty):
     split = tune_split(table, 3, 0.2, 0)
     assert table.task == task
     folds = Folds(table, split, task)
-    value, _ = folds.solve(penalty, folds.start())
+    (value,), _ = folds.curve(np.array([penalty]))
     X, y = table.X[split.train], table.y[split.train]
 
     def reference(rows):
@@ -82,5 +82,5 @@ def test_test_rows_do_not_reach_the_fit():
         Folds(Table("t", X, table.y, table.classes, table.features, "y"), split, "softmax")
         for X in (table.X, changed)
     ]
-    values = [f.solve(0.1, f.start())[0] for f in folds]
+    values = [f.curve(np.array([0.1]))[0][0] for f in folds]
     assert values[0] == values[1]
