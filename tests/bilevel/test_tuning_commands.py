@@ -212,7 +212,7 @@ def test_free_penalties_come_with_a_warning(tmp_path, capsys, monkeypatch):
 def test_a_hypergradient_that_the_estimate_refutes_is_no_result(tmp_path, capsys, monkeypatch):
     """Negative curvature found after the search, by the probe of the error estimate alone."""
 
-    def indefinite(problem, solver, engine, lam, h, key):
+    def indefinite(problem, solver, engine, lam, h, state, key):
         return h._replace(info=h.info._replace(status=np.int32(bl.Status.INDEFINITE)))
 
     monkeypatch.setattr(search, "_estimated", indefinite)
