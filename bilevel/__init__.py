@@ -8,7 +8,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from bilevel import schedules, transforms
+    from bilevel import glm, schedules, transforms
+    from bilevel.checks import Check, check
     from bilevel.driver import run
     from bilevel.gradient import hypergradient
     from bilevel.problem import Problem
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from hypergrad import (
         F2SA,
         AbstractEngine,
+        Constants,
         Exact,
         Hypergradient,
         HypergradInfo,
@@ -49,6 +51,8 @@ __all__ = [
     "AbstractInnerSolver",
     "AbstractLinearSolver",
     "BilevelError",
+    "Check",
+    "Constants",
     "Dense",
     "Exact",
     "GradientDescent",
@@ -68,6 +72,8 @@ __all__ = [
     "SolveInfo",
     "Status",
     "Unrolled",
+    "check",
+    "glm",
     "hypergradient",
     "run",
     "schedules",
@@ -75,6 +81,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "bilevel.checks": {"Check", "check"},
     "bilevel.driver": {"run"},
     "bilevel.gradient": {"hypergradient"},
     "bilevel.problem": {"Problem"},
@@ -82,6 +89,7 @@ _HOMES = {
     "hypergrad": {
         "F2SA",
         "AbstractEngine",
+        "Constants",
         "Exact",
         "HypergradInfo",
         "Hypergradient",
@@ -98,7 +106,7 @@ if not TYPE_CHECKING:  # a type checker would take this for a licence to any nam
     def __getattr__(name: str) -> Any:
         if name not in __all__:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        if name in ("schedules", "transforms"):
+        if name in ("glm", "schedules", "transforms"):
             return importlib.import_module(f"bilevel.{name}")
         home = next((home for home, names in _HOMES.items() if name in names), "solvers")
         return getattr(importlib.import_module(home), name)

@@ -3,16 +3,12 @@
 from typing import Any
 
 import equinox as eqx
-import jax
-import jax.numpy as jnp
 from jax import Array
 
 from hypergrad import AbstractEngine, BilevelProblem, Hypergradient
-from hypergrad.base import Solver, make_solver
-from hypergrad.estimate import assess
+from hypergrad.base import Solver
 from solvers import AbstractInnerSolver
 from solvers.fields import at_step
-from solvers.status import combine
 from solvers.types import Tree
 
 
@@ -20,47 +16,11 @@ def can_estimate(problem: BilevelProblem, solver: Solver, engine: AbstractEngine
     """Whether the engine's hypergradient can and should be compared with the implicit one."""
     wanted = getattr(engine, "estimate", None)
     wanted = engine.estimates if wanted is None else wanted
+    if getattr(engine, "refine", False):  # each step has one already
+        return False
     # Outer variables that act through the start or the solver have no implicit derivative.
     implicit = isinstance(solver, AbstractInnerSolver)
     return wanted and implicit and getattr(problem, "inner_init", None) is None
-
-
-def with_estimate(
-    problem: BilevelProblem,
-    solver: Solver,
-    engine: AbstractEngine,
-    lam: Tree,
-    h: Hypergradient,
-    state: Any,
-    key: Array,
-) -> Hypergradient:
-    """The hypergradient with its error estimate filled in; `state` is the engine's after the step.
-
-    Where the engine is implicit and undamped, what the estimate's solves found (negative curvature, a
-    singular system) is a verdict on the hypergradient too.
-    """
-    found = assess(
-        problem,
-        make_solver(solver, lam),
-        lam,
-        h,
-        problem.inner_sampler(key)(0),
-        problem.outer_batch(key),
-        jax.random.fold_in(key, 3),
-        engine.adjoint(state),
-    )
-    info = h.info
-    error = found.error.astype(info.error_estimate.dtype)
-    value = found.corrected_value.astype(info.corrected_value.dtype)
-    status = info.status
-    damping = getattr(engine, "damping", None)
-    if damping is not None:
-        status = jnp.where(damping == 0, combine(status, found.status), status)
-    curvature = jnp.fmin(info.curvature, found.curvature.astype(info.curvature.dtype))
-    info = info._replace(
-        error_estimate=error, corrected_value=value, status=status, curvature=curvature
-    )
-    return h._replace(info=info)
 
 
 @eqx.filter_jit

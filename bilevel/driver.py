@@ -11,11 +11,12 @@ import optax
 from jax import Array
 
 from bilevel import transforms, validation
-from bilevel.calls import can_estimate, engine_step, init_engine, with_estimate
+from bilevel.calls import can_estimate, engine_step, init_engine
 from bilevel.progress import Progress
 from bilevel.result import Best, BilevelError, History, Result, RunState, join, record
 from hypergrad import AbstractEngine, BilevelProblem
 from hypergrad.base import Solver
+from hypergrad.estimate import with_estimate
 from solvers import Status, tree
 from solvers.fields import at_step
 from solvers.optax_solver import optax_init, optax_update

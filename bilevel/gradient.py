@@ -8,10 +8,11 @@ import jax.numpy as jnp
 from jax import Array
 
 from bilevel import validation
-from bilevel.calls import can_estimate, engine_step, init_engine, with_estimate
+from bilevel.calls import can_estimate, engine_step, init_engine
 from bilevel.result import BilevelError
 from hypergrad import AbstractEngine, BilevelProblem, Hypergradient
 from hypergrad.base import Solver
+from hypergrad.estimate import with_estimate
 from solvers import Status
 from solvers.fields import at_step
 from solvers.types import Tree

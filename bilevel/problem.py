@@ -10,6 +10,7 @@ import numpy as np
 from jax import Array
 
 from bilevel.sampling import minibatch, num_rows
+from hypergrad.certificate import Constants
 from solvers.types import Objective, Sampler, Tree, constant_sampler
 
 Loss = Callable[[Tree, Tree, Any], Array]
@@ -31,6 +32,8 @@ class Problem(eqx.Module):
         an initialisation, or that each solve starts afresh instead of from the last solution.
       inner_hvp: `(w, lam, batch, v) -> H v`, the Hessian-vector product of `inner` in w, where it is
         known in closed form; used instead of automatic differentiation.
+      constants: `bilevel.Constants`, or `(w, lam, inner_batch, outer_batch) -> Constants`, where they are
+        known: a hypergradient of `Implicit` then comes with a certified error bound.
       outer_projection: `lam -> lam`, applied after each outer step, on the natural scale.
 
     Raises TypeError or ValueError for losses that are not callable, data that are not numeric or empty,
@@ -49,6 +52,7 @@ class Problem(eqx.Module):
     inner_hvp: Callable[[Tree, Tree, Any, Tree], Tree] | None = eqx.field(
         static=True, default=None, kw_only=True
     )
+    constants: Any = eqx.field(default=None, kw_only=True)
     outer_projection: Callable[[Tree], Tree] | None = eqx.field(
         static=True, default=None, kw_only=True
     )
@@ -64,6 +68,7 @@ class Problem(eqx.Module):
             value = getattr(self, name)
             if value is not None and not callable(value):
                 raise TypeError(f"Problem({name}=...) must be a function or None, got {value!r}.")
+        self.constants = _constants(self.constants)
         self.batch_size = _pair(self.batch_size)
         self.inner_data = _arrays("inner_data", self.inner_data)
         self.outer_data = _arrays("outer_data", self.outer_data)
@@ -116,6 +121,29 @@ class Problem(eqx.Module):
 
     def start(self, w: Tree, lam: Tree, batch: Any) -> Tree:
         return w if self.inner_init is None else self.inner_init(lam, batch)
+
+
+class _Function(eqx.Module):
+    """A function as a pytree without leaves."""
+
+    fn: Callable[..., Any] = eqx.field(static=True)
+
+    def __call__(self, *args: Any) -> Any:
+        return self.fn(*args)
+
+
+def _constants(value: Any) -> Any:
+    """Numbers as arrays, so that another number compiles nothing; a function as a pytree."""
+    if value is None or isinstance(value, _Function):
+        return value
+    if isinstance(value, Constants):
+        return jax.tree.map(lambda number: jnp.asarray(number, float), value)
+    if callable(value):
+        return _Function(value)
+    raise TypeError(
+        "Problem(constants=...) must be bilevel.Constants or a function that returns it, "
+        f"got {value!r}."
+    )
 
 
 def _pair(batch_size: Any) -> tuple[int | None, int | None]:

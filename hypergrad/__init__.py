@@ -1,6 +1,7 @@
 """The middle floor: two levels. (problem, inner solver) -> hypergradient with a trust report."""
 
 from hypergrad.base import AbstractEngine, BilevelProblem, Hypergradient, HypergradInfo
+from hypergrad.certificate import Constants
 from hypergrad.exact import Exact
 from hypergrad.f2sa import F2SA
 from hypergrad.implicit import Implicit
@@ -14,6 +15,7 @@ __all__ = [
     "F2SA",
     "AbstractEngine",
     "BilevelProblem",
+    "Constants",
     "Exact",
     "HypergradInfo",
     "Hypergradient",

@@ -59,8 +59,12 @@ class HypergradInfo(NamedTuple):
     """The smallest Rayleigh or Ritz value of the inner Hessian seen; NaN = unknown."""
     error_estimate: Array
     """Estimated error of `grad` relative to its norm; NaN = unknown."""
+    bound: Array
+    """A certified upper bound of the same, where the problem declares its constants; NaN = none."""
     corrected_value: Array
     """The outer value at the inner solution, to second order in the inner error; NaN = unknown."""
+    damping: Array
+    """What was added to the diagonal of the inner Hessian: above zero, `grad` is biased by it."""
     status: Array
     """A `Status`, int32: the worst of the solves behind this hypergradient."""
 
@@ -125,6 +129,7 @@ def make_info(
     adjoint_steps: Array | int = 0,
     curvature: Array | None = None,
     corrected_value: Array | None = None,
+    damping: Array | float = 0.0,
 ) -> HypergradInfo:
     """The report, with the worst status of all parts and of what is not finite."""
     nan = jnp.full((), jnp.nan, inner.residual.dtype)
@@ -136,6 +141,8 @@ def make_info(
         adjoint_steps=jnp.asarray(adjoint_steps, jnp.int32),
         curvature=nan if curvature is None else curvature,
         error_estimate=nan,
+        bound=nan,
         corrected_value=nan if corrected_value is None else corrected_value,
+        damping=jnp.asarray(damping, nan.dtype),
         status=combine(inner.status, broken, *statuses),
     )

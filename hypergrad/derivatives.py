@@ -11,7 +11,7 @@ import jax
 from jax import Array
 
 from hypergrad.base import BilevelProblem
-from solvers import AbstractInnerSolver, tree
+from solvers import AbstractInnerSolver
 from solvers.gradient import linearized_hvp
 from solvers.types import MatVec, Tree
 
@@ -24,14 +24,10 @@ def outer_value_and_grads(
     return value, grad_w, grad_lam
 
 
-def gradient_and_hessian_product(
-    problem: BilevelProblem, w: Tree, lam: Tree, batch: Any, damping: Array | float = 0.0
-) -> tuple[Tree, MatVec]:
-    """`dg/dw` and `v -> (H + damping I) v` at `(w, lam)`, linearised once; the problem's own product if it
-    has one.
-    """
-    gradient, hvp = linearized_hvp(problem.inner_objective(lam), w, batch)
-    return gradient, lambda v: tree.axpy(damping, v, hvp(v))
+def hessian_product(problem: BilevelProblem, w: Tree, lam: Tree, batch: Any) -> MatVec:
+    """`v -> H v` at `(w, lam)`, linearised once; the problem's own product if it has one."""
+    _, hvp = linearized_hvp(problem.inner_objective(lam), w, batch)
+    return hvp
 
 
 def cross_vjp(

@@ -1,4 +1,4 @@
-"""How wrong a hypergradient is: the defect estimate, from one Newton correction."""
+"""How wrong a hypergradient is: the defect estimate, from one Newton correction, and the certified bound."""
 
 from typing import Any, NamedTuple
 
@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from hypergrad.base import BilevelProblem, Hypergradient
+from hypergrad.base import AbstractEngine, BilevelProblem, Hypergradient, Solver, make_solver
+from hypergrad.certificate import Constants, error_bound
 from hypergrad.derivatives import cross_vjp, outer_value_and_grads
 from solvers import CG, AbstractInnerSolver, LinearInfo, Status, tree
 from solvers.linear.spectrum import ritz_values
@@ -28,6 +29,53 @@ class Assessment(NamedTuple):
     """Smallest curvature met by the estimate's solves and a Lanczos probe from a random start."""
     status: Array
     """INDEFINITE, BREAKDOWN or NONFINITE where the implicit hypergradient does not exist, else OK."""
+
+
+def with_estimate(
+    problem: BilevelProblem,
+    solver: Solver,
+    engine: AbstractEngine,
+    lam: Tree,
+    h: Hypergradient,
+    state: Any,
+    key: Array,
+    *,
+    refine: bool = False,
+) -> Hypergradient:
+    """The hypergradient with its error estimate, its bound and its corrected value filled in.
+
+    Args:
+      state: the engine's after the step.
+      refine: return the corrected hypergradient instead of `h.grad`. The estimate is still that of
+        `h.grad`, so more than the error of what is returned.
+
+    Where the engine is implicit and undamped, what the estimate's solves found (negative curvature, a
+    singular system) is a verdict on the hypergradient too.
+    """
+    solver = make_solver(solver, lam)
+    batches = problem.inner_sampler(key)(0), problem.outer_batch(key)
+    adjoint = engine.adjoint(state)
+    found = assess(problem, solver, lam, h, *batches, jax.random.fold_in(key, 3), adjoint)
+    info = h.info
+    like = info.error_estimate.dtype
+    status, bound = info.status, info.bound
+    if adjoint is not None:
+        status = jnp.where(info.damping == 0, combine(status, found.status), status)
+    constants = getattr(problem, "constants", None)
+    if constants is not None and adjoint is not None:
+        if not isinstance(constants, Constants):
+            constants = constants(h.w, lam, *batches)
+        bound = error_bound(problem, solver, lam, h, adjoint, *batches, constants)
+    info = info._replace(
+        error_estimate=found.error.astype(like),
+        bound=bound.astype(like),
+        corrected_value=found.corrected_value.astype(info.corrected_value.dtype),
+        status=status,
+        curvature=jnp.fmin(info.curvature, found.curvature.astype(info.curvature.dtype)),
+    )
+    known = ~jnp.isnan(info.error_estimate)
+    grad = tree.where(known, found.refined, h.grad) if refine else h.grad
+    return Hypergradient(grad, h.w, info)
 
 
 def assess(

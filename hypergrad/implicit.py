@@ -14,11 +14,14 @@ from hypergrad.base import (
     make_info,
     make_solver,
 )
-from hypergrad.derivatives import cross_vjp, gradient_and_hessian_product, outer_value_and_grads
+from hypergrad.derivatives import cross_vjp, outer_value_and_grads
+from hypergrad.estimate import with_estimate
 from solvers import CG, AbstractLinearSolver, tree
-from solvers.fields import Number, number, static
+from solvers.fields import Number, cast, number, static
+from solvers.gradient import linearized_hvp
+from solvers.linear.spectrum import ritz_values
 from solvers.loops import solve
-from solvers.types import Tree
+from solvers.types import MatVec, Scalar, Tree
 
 
 class Implicit(AbstractEngine):
@@ -26,8 +29,16 @@ class Implicit(AbstractEngine):
 
     Class: the inner solution is an isolated minimiser with an invertible Hessian; outer variables
     that act only through the inner solver (its start, its learning rate) have no implicit derivative
-    and are refused. `damping > 0` gives the hypergradient of the proximal problem instead, a bias that
-    `info.error_estimate` shows.
+    and are refused.
+
+    `damping > 0` gives the hypergradient of the proximal problem instead, a bias that
+    `info.error_estimate` shows. `damping="auto"` is twice the most negative curvature that 12 Lanczos
+    products from a random start find, and zero where they find none: at a point that is no minimiser
+    (a network stopped early) the result is that of a damped problem, `info.damping` says so, and the
+    error is unknown.
+
+    `refine=True` returns the hypergradient after the Newton correction of the error estimate, whose error
+    is quadratic in that of the plain one, at each step. `info.error_estimate` is still the plain one's.
 
     The inner solver continues from the last `w` and state, the linear solver from the last adjoint.
     With a batch size, the adjoint system and the residual use one inner batch per outer step.
@@ -35,15 +46,22 @@ class Implicit(AbstractEngine):
     `estimate`: True, False, or None for "in `hypergradient`, and at the end of a chunk in `run`".
 
     Cost per step: the inner solve, one Hessian-vector product per linear step (about a gradient each),
-    two cross derivatives. Memory: a few copies of `w`; no trajectory.
+    two cross derivatives; `refine` solves two more systems. Memory: a few copies of `w`; no trajectory.
     Source: Pedregosa 2016; Lorraine, Vicol and Duvenaud 2020; Blondel et al. 2022.
     """
 
     linear_solver: AbstractLinearSolver | None = None
-    damping: Number = number(0.0, low=0.0)
+    damping: Number | str = number(0.0, low=0.0)
     estimate: bool | None = static(None)
+    refine: bool = static(False)
 
     needs_implicit = True
+
+    def __check_init__(self) -> None:
+        if isinstance(self.damping, str) and self.damping != "auto":
+            raise ValueError(
+                f"Implicit(damping=...) must be a number or 'auto', got {self.damping!r}."
+            )
 
     def init(
         self, problem: BilevelProblem, solver: Solver, w: Tree, lam: Tree, key: Array
@@ -70,8 +88,10 @@ class Implicit(AbstractEngine):
         w, inner_state, inner = solve(solver, objective, w, inner_state, sampler)
 
         value, c, grad_lam = outer_value_and_grads(problem, w, lam, problem.outer_batch(key))
-        residual, product = gradient_and_hessian_product(problem, w, lam, batch, self.damping)
+        residual, hvp = linearized_hvp(objective, w, batch)
         linear_key = jax.random.fold_in(key, 2)
+        damping = self._damping(hvp, w, jax.random.fold_in(key, 4))
+        product: MatVec = lambda v: tree.axpy(damping, v, hvp(v))
         prepared = linear.init(product, w, linear_key)
         warm = tree.where(tree.all_finite(state.adjoint), state.adjoint, tree.zeros_like(w))
         q, adjoint = linear.solve(product, c, warm, prepared, linear_key)
@@ -84,10 +104,21 @@ class Implicit(AbstractEngine):
             adjoint.status,
             adjoint_residual=adjoint.residual,
             adjoint_steps=adjoint.num_steps,
-            curvature=adjoint.curvature - jnp.asarray(self.damping, adjoint.curvature.dtype),
+            curvature=adjoint.curvature - damping.astype(adjoint.curvature.dtype),
             corrected_value=value - tree.vdot(q, residual).astype(value.dtype),
+            damping=damping,
         )
-        return Hypergradient(grad, w, info), _State(inner_state, q)
+        h, state = Hypergradient(grad, w, info), _State(inner_state, q)
+        if self.refine:
+            h = with_estimate(problem, solver, self, lam, h, state, key, refine=True)
+        return h, state
+
+    def _damping(self, hvp: MatVec, w: Tree, key: Array) -> Scalar:
+        if not isinstance(self.damping, str):
+            return cast(self.damping, jnp.zeros((), tree.accumulation_dtype(w)))
+        ritz = ritz_values(hvp, w, key)
+        negative = ritz[0] < -100 * tree.epsilon(w) * jnp.max(jnp.abs(ritz))
+        return jnp.where(negative, -2 * ritz[0], jnp.zeros_like(ritz[0]))
 
     def adjoint(self, state: "_State") -> Tree:
         return state.adjoint

@@ -15,7 +15,7 @@ from hypergrad.base import (
     make_info,
     make_solver,
 )
-from hypergrad.derivatives import gradient_and_hessian_product
+from hypergrad.derivatives import hessian_product
 from hypergrad.f2sa import Penalised, tightened
 from solvers import Status, tree
 from solvers.fields import Number, cast, number, static
@@ -93,7 +93,7 @@ class Moreau(AbstractEngine):
         batch = problem.inner_sampler(key)(0)
         like = jnp.zeros((), tree.accumulation_dtype(w))
         if isinstance(self.gamma, str):
-            _, product = gradient_and_hessian_product(problem, w, lam, batch)
+            product = hessian_product(problem, w, lam, batch)
             ritz = ritz_values(product, w, key)
             largest = jnp.max(jnp.abs(ritz))
             small = jnp.clip(ritz[0], 1e-3 * largest, largest)

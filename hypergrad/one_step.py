@@ -14,7 +14,7 @@ from hypergrad.base import (
     make_info,
     make_solver,
 )
-from hypergrad.derivatives import cross_vjp, gradient_and_hessian_product, outer_value_and_grads
+from hypergrad.derivatives import cross_vjp, hessian_product, outer_value_and_grads
 from solvers import tree
 from solvers.fields import Number, cast, number, static
 from solvers.linear.spectrum import largest_eigenvalue
@@ -69,7 +69,7 @@ class OneStep(AbstractEngine):
         w, inner_state, inner = solve(solver, objective, w, inner_state, sampler)
 
         value, c, grad_lam = outer_value_and_grads(problem, w, lam, problem.outer_batch(key))
-        _, product = gradient_and_hessian_product(problem, w, lam, batch)
+        product = hessian_product(problem, w, lam, batch)
         if isinstance(self.step_size, str):
             size = 1 / (1.05 * largest_eigenvalue(product, w, jax.random.fold_in(key, 2)))
         else:

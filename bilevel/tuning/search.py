@@ -10,13 +10,14 @@ import numpy as np
 from scipy.optimize import minimize
 
 import bilevel as bl
-from bilevel.calls import can_estimate, engine_step, init_engine, with_estimate
+from bilevel.calls import can_estimate, engine_step, init_engine
 from bilevel.progress import Progress
 from bilevel.result import History, record
 from bilevel.tuning import engines, penalties
 from bilevel.tuning.folds import BOUNDS, Folds
 from bilevel.tuning.models import Rule, prior
 from bilevel.tuning.steps import INTERRUPTED, Steps
+from hypergrad.estimate import with_estimate
 
 COARSE = np.geomspace(1e-5, 1e2, 6)
 """The cross-validation curve can have several minima and flat ends: start from the best of these."""
