@@ -36,7 +36,7 @@ def test_tuned_penalty_is_within_one_percent_of_a_fine_grid(name):
     assert tuned.steps.status == 0
 
 
-@pytest.mark.parametrize("engine", ["unrolled", "f2sa", "moreau"])
+@pytest.mark.parametrize("engine", ["unrolled", "f2sa", "moreau", "onestep"])
 def test_every_engine_tunes(engine):
     table = load_table("wine", None)
     folds = Folds(table, tune_split(table, 5, 0.25, 0), table.task)
