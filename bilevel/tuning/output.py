@@ -173,7 +173,7 @@ def fixed(value: float | None) -> str:
     """A score in a table; a dash where there is none."""
     if value is None or not math.isfinite(value):
         return "-"
-    return f"{value:.4f}" if abs(value) < 1e3 else f"{value:.5g}"
+    return f"{value:.4f}" if value == 0 or 1e-4 <= abs(value) < 1e3 else f"{value:.5g}"
 
 
 def short(value: float) -> str:

@@ -77,7 +77,7 @@ def tune(
         **_test_scores(folds, fitted),
         "baselines": baselines,
     }
-    result["verdict"] = _verdict(result)
+    result["verdict"] = _verdict(table, result)
     arrays = {
         **fitted,
         "penalties": tuned.penalties,
@@ -152,26 +152,42 @@ def _text(table: Table, engine: str, result: dict[str, Any]) -> str:
     ]
     column = "penalty" if kind == "single" else "mean penalty"
     header = [f"{table.name}, {engine}", column, "CV loss", "test loss", score]
-    gap = 100 * (result["cv_loss"] / single["cv_loss"] - 1)
+    gap = _against(result["cv_loss"], single["cv_loss"], _spread(table), 2)
     evaluations = sum(result["evaluations"].values())
     return (
         f"\n{output.table(header, lines)}\n\n"
-        f"CV loss {gap:+.2f} % from the best of the grid; {evaluations} evaluations of it, "
+        f"Beside the best of the grid: CV loss {gap}; {evaluations} evaluations of it, "
         f"status {result['status']}; {took(result['seconds'])}.\n{result['verdict']}"
         + ("" if kind == "single" else _strongest(found["penalties"]))
     )
 
 
-def _verdict(result: dict[str, Any]) -> str:
-    """Whether the tuned penalties or the best single one of the grid generalised better."""
-    tuned, grid = METHODS[result["penalty"]], METHODS["grid"]
-    ratio = result["test_loss"] / result["baselines"]["single"]["test_loss"]
-    if abs(ratio - 1) < 1e-3:
-        found = f"On the test split, {tuned!r} and {grid!r} generalised equally well"
-    else:
-        better, worse = (tuned, grid) if ratio < 1 else (grid, tuned)
-        found = f"On the test split, {better!r} generalised better than {worse!r}"
-    return f"{found} (test loss {100 * (ratio - 1):+.1f} %); one split is one draw."
+def _spread(table: Table) -> float:
+    """A loss that is large for the target: its variance, or one nat."""
+    return float(np.var(table.y)) if table.classes is None else 1.0
+
+
+def _against(own: float, grid: float, spread: float, digits: int) -> str:
+    """A loss against the grid's: in percent, or both where that would divide by nearly nothing.
+
+    A target without noise leaves nearly no loss beside its own `spread`.
+    """
+    if grid < 1e-6 * spread:
+        return f"{own:.2g} against {grid:.2g}"
+    return f"{100 * (own / grid - 1):+.{digits}f} %"
+
+
+def _verdict(table: Table, result: dict[str, Any]) -> str:
+    """Whether the tuned penalties generalised better than the best single one of the grid."""
+    tuned = "penalty" if result["penalty"] == "single" else "penalties"
+    own, grid = result["test_loss"], result["baselines"]["single"]["test_loss"]
+    how = "better than" if own < grid else "worse than"
+    if abs(own - grid) < 1e-3 * grid:
+        how = "as well as"
+    return (
+        f"On the test split, the tuned {tuned} generalised {how} the best of a grid of {NUM_FINE} single "
+        f"penalties (test loss {_against(own, grid, _spread(table), 1)}); one split is one draw."
+    )
 
 
 def _strongest(penalties: list[dict[str, Any]]) -> str:

@@ -15,7 +15,7 @@ from bilevel.tuning.clean import optimise
 from bilevel.tuning.clean_findings import KEEP, selection_scores
 from bilevel.tuning.clean_fits import baselines, raw_model
 from bilevel.tuning.clean_rows import Rows
-from bilevel.tuning.data import load_table
+from bilevel.tuning.data import Table, load_table
 from bilevel.tuning.folds import BOUNDS, Folds
 from bilevel.tuning.splits import clean_split, flip_labels, tune_split
 
@@ -36,7 +36,7 @@ def test_tuned_penalty_is_within_one_percent_of_a_fine_grid(name):
     assert tuned.steps.status == 0
 
 
-@pytest.mark.parametrize("engine", ["unrolled", "f2sa", "moreau"])
+@pytest.mark.parametrize("engine", ["unrolled", "f2sa", "moreau", "onestep"])
 def test_every_engine_tunes(engine):
     table = load_table("wine", None)
     folds = Folds(table, tune_split(table, 5, 0.25, 0), table.task)
@@ -220,6 +220,17 @@ def test_a_hypergradient_that_the_estimate_refutes_is_no_result(tmp_path, capsys
     assert cli.main(["tune", "wine", "--out", str(out)]) == 1
     assert "the computation failed" in (error := capsys.readouterr().err) and "INDEFINITE" in error
     assert not out.exists()
+
+
+def test_a_target_without_noise_is_not_measured_in_percent():
+    X = np.arange(12.0).reshape(6, 2)
+    table = Table("t", X, 3 + X[:, 0], None, ("a", "b"), "y")
+    result = {"penalty": "free", "test_loss": 5e-6, "baselines": {"single": {"test_loss": 2e-12}}}
+    assert "worse than" in tune._verdict(table, result)
+    assert "(test loss 5e-06 against 2e-12)" in tune._verdict(table, result)
+    result = {"penalty": "free", "test_loss": 0.9, "baselines": {"single": {"test_loss": 1.0}}}
+    assert "better than" in tune._verdict(table, result)
+    assert "(test loss -10.0 %)" in tune._verdict(table, result)
 
 
 def test_a_search_says_how_it_ended():

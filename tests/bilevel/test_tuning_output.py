@@ -73,4 +73,6 @@ def test_table_lines_up():
     assert lines[0] == "name          x"
     assert lines[1] == "-" * 15
     assert lines[2] == "long name   1.0"
+    assert output.fixed(0.12345) == "0.1235" and output.fixed(1234.56) == "1234.6"
+    assert output.fixed(0.0) == "0.0000" and output.fixed(2.5e-10) == "2.5e-10"
     assert output.fixed(None) == output.fixed(float("nan")) == "-"

@@ -96,7 +96,7 @@ def line(values: Sequence[float | None], texts: list[str], bad: list[bool], *, l
         [Tick(_scale(step, 1, last, LEFT + 8, RIGHT - 8), str(step)) for step in steps],
         [
             Tick(_scale(warp(v), bottom, top, BOTTOM, TOP), label)
-            for v, label in zip(ticks, labels(ticks), strict=True)
+            for v, label in zip(ticks, labels(ticks, log=log), strict=True)
         ],
     )
 
@@ -169,14 +169,17 @@ def log_ticks(low: float, high: float) -> list[float]:
     return [10.0**i for i in range(first, last + stride, stride)]
 
 
-def labels(ticks: list[float]) -> list[str]:
-    """The fewest digits, from four, that tell the ticks apart."""
+def labels(ticks: list[float], *, log: bool) -> list[str]:
+    """The fewest digits, from four, that tell the ticks apart; equally many decimals on a linear axis."""
     found = []
     for digits in range(4, 17):
         found = [short(tick, digits) for tick in ticks]
         if len(set(found)) == len(found):
             break
-    return found
+    if log or any("e" in text for text in found):
+        return found
+    decimals = max(len(text.partition(".")[2]) for text in found)
+    return [f"{tick:.{decimals}f}" for tick in ticks]
 
 
 def short(value: float, digits: int = 4) -> str:

@@ -19,12 +19,12 @@ MAX_IMAGES = 24
 MAX_SUSPECTS = 50
 """Suspects listed in a table."""
 
-OWN = {"tune": "tuned by hypergradients", "clean": "cleaned"}
+OWN = {"tune": "tuned", "clean": "cleaned"}
 
 BASELINES = {
     "untuned": "scikit-learn, default strength",
-    "sklearn": "scikit-learn, its own grid and cross-validation",
-    "single": "one penalty, fine grid",
+    "sklearn": "scikit-learn, its own grid and CV",
+    "single": "one penalty, the best of a grid",
     "noisy": "all training labels as they are",
     "trusted": "the trusted examples alone",
     "pooled": "training and trusted examples together",
@@ -47,7 +47,7 @@ def make_sections(saved: Saved, X: np.ndarray | None) -> dict[str, Any]:
         "verdict": _verdict(result, score, score_name),
         "interrupted": result.get("stopped") == "interrupted",
         "facts": _facts(result, score, score_name),
-        "steps": _steps(result.get("history")),
+        "steps": _steps(command, result),
         "penalties": _penalties(result, arrays),
         "weights": _weights(result, arrays),
         "suspects": _suspects(result, arrays, X),
@@ -93,8 +93,9 @@ def _hyperparameters(result: dict[str, Any]) -> dict[str, Any]:
 
 def _verdict(result: dict[str, Any], score: str, score_name: str) -> str | None:
     """The result's own verdict, or the score against the best honest baseline."""
-    if isinstance(result.get("verdict"), str):
-        return result["verdict"]
+    verdict = result.get("verdict")
+    if isinstance(verdict, str):
+        return verdict[:1].upper() + verdict[1:]
     own = result.get(score)
     others = {
         name: found[score]
@@ -138,8 +139,9 @@ def _number(value: Any) -> str | None:
     return None if value is None else charts.short(value, 3)
 
 
-def _steps(history: Any) -> dict[str, Any] | None:
+def _steps(command: str, result: dict[str, Any]) -> dict[str, Any] | None:
     """Charts of the objective and of the gradient norm over the outer steps."""
+    history = result.get("history")
     if not history or not any(value is not None for value in history.get("objective", [])):
         return None
     count = len(history["objective"])
@@ -158,6 +160,7 @@ def _steps(history: Any) -> dict[str, Any] | None:
     known = [(i, error) for i, error in enumerate(errors, 1) if error is not None]
     shown = any(norm is not None and norm > 0 for norm in norms)
     return {
+        "caption": _objective(command, result),
         "objective": charts.line(history["objective"], values, bad, log=False),
         "norm": charts.line(norms, texts, bad, log=True) if shown else None,
         # Near a minimum the gradient sinks below its own error, which is no fault of the run.
@@ -167,6 +170,19 @@ def _steps(history: Any) -> dict[str, Any] | None:
         ],
         "bad": sum(bad),
     }
+
+
+def _objective(command: str, result: dict[str, Any]) -> str:
+    """What the objective is, and how it differs from the losses in the table."""
+    if command == "clean":
+        return "Loss on the trusted examples at each step"
+    text = "Cross-validated loss at each step"
+    if result.get("task") == "ridge":
+        text += ", in units of the target's variance"
+    pilot = (result.get("evaluations") or {}).get("pilot")
+    if pilot and "penalties" in _hyperparameters(result):
+        text += f" (with a weak prior); up to step {pilot} one penalty for all, then many"
+    return text
 
 
 def _penalties(result: dict[str, Any], arrays: dict[str, np.ndarray]) -> dict[str, Any] | None:
@@ -254,7 +270,13 @@ def _baselines(
         return [name, _number(row.get("penalty")) or "–", *numbers]
 
     return {
-        "header": ["", "penalty", loss, "test loss", score_name],
+        "header": [
+            "",
+            "mean penalty" if "level" in hyperparameters else "penalty",
+            loss,
+            "test loss",
+            score_name,
+        ],
         "own": line(OWN.get(command, command), own),
         "rows": [line(BASELINES.get(name, name), row) for name, row in found.items()],
     }
