@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from bilevel.checks import Check, check
     from bilevel.driver import run
     from bilevel.gradient import hypergradient
+    from bilevel.outer import HOAG, MAID, Adaptive
     from bilevel.problem import Problem
     from bilevel.result import BilevelError, History, Result, RunState
     from hypergrad import (
@@ -46,10 +47,13 @@ __version__ = "0.1.0"
 __all__ = [
     "CG",
     "F2SA",
+    "HOAG",
     "LBFGS",
+    "MAID",
     "AbstractEngine",
     "AbstractInnerSolver",
     "AbstractLinearSolver",
+    "Adaptive",
     "BilevelError",
     "Check",
     "Constants",
@@ -84,6 +88,7 @@ _HOMES = {
     "bilevel.checks": {"Check", "check"},
     "bilevel.driver": {"run"},
     "bilevel.gradient": {"hypergradient"},
+    "bilevel.outer": {"HOAG", "MAID", "Adaptive"},
     "bilevel.problem": {"Problem"},
     "bilevel.result": {"BilevelError", "History", "Result", "RunState"},
     "hypergrad": {

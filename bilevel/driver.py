@@ -12,9 +12,10 @@ from jax import Array
 
 from bilevel import transforms, validation
 from bilevel.calls import can_estimate, engine_step, init_engine
+from bilevel.outer.base import Evaluation, OuterMethod, at_accuracy, check
 from bilevel.progress import Progress
 from bilevel.result import Best, BilevelError, History, Result, RunState, join, record
-from hypergrad import AbstractEngine, BilevelProblem
+from hypergrad import AbstractEngine, BilevelProblem, Hypergradient
 from hypergrad.base import Solver
 from hypergrad.estimate import with_estimate
 from solvers import Status, tree
@@ -32,7 +33,7 @@ def run(
     num_steps: int = 100,
     solver: Solver | str | None = None,
     engine: AbstractEngine | str = "implicit",
-    outer: optax.GradientTransformation | None = None,
+    outer: optax.GradientTransformation | OuterMethod | None = None,
     transform: Any = None,
     key: Array | None = None,
     chunk: int | None = None,
@@ -49,7 +50,9 @@ def run(
     Args:
       problem, lam, w, solver, engine, key: as in `hypergradient` (`w` may be left out as there).
       num_steps: outer steps to take (from `state`, where given: that many more).
-      outer: optax rule for the outer variable; default `optax.adam(1e-1)`.
+      outer: optax rule for the outer variable, default `optax.adam(1e-1)`; or an outer method
+        (`bilevel.Adaptive()`, `MAID`, `HOAG`), which searches along lines and sets the tolerances of
+        `solver` and `engine` (that must be Implicit): an outer step is then one of its evaluations.
       transform: prefix tree of `bilevel.transforms`: the rule moves the unconstrained value.
       chunk: outer steps in one compiled call; default a tenth of the run, at most 100. The numbers do
         not depend on it, nor does a last, shorter chunk compile again.
@@ -87,13 +90,18 @@ def run(
     if patience is not None:
         patience = _count("patience", patience, 1)
     outer = optax.adam(1e-1) if outer is None else outer
-    if not isinstance(outer, optax.GradientTransformation):
-        raise TypeError(f"outer must be an optax rule such as optax.adam(1e-1), got {outer!r}.")
+    if isinstance(outer, OuterMethod):
+        check(solver, engine)
+    elif not isinstance(outer, optax.GradientTransformation):
+        raise TypeError(
+            "outer must be an optax rule such as optax.adam(1e-1) or an outer method such as "
+            f"bilevel.Adaptive(), got {outer!r}."
+        )
     scales = transforms.broadcast(transform, lam)
     transforms.check_domain(scales, lam)
     validation.losses(problem, w, lam)
 
-    rule = StaticFunction(outer)
+    rule = outer if isinstance(outer, OuterMethod) else StaticFunction(outer)
     if state is None:
         state = _first_state(problem, solver, engine, rule, scales, w, lam, key)
     first = state
@@ -165,7 +173,9 @@ def _first_state(problem, solver, engine, rule, scales, w, lam, key) -> RunState
         lam=lam,
         w=w,
         engine=init_engine(problem, solver, engine, w, lam, key),
-        outer=optax_init(rule, u),
+        outer=rule.init(tree.flatten(u)[0])
+        if isinstance(rule, OuterMethod)
+        else optax_init(rule, u),
         best=Best(lam, w, infinity, jnp.int32(-1)),
         worst=jnp.int32(Status.OK),
     )
@@ -198,9 +208,10 @@ def _chunk(
 
     def engine_at(state: RunState):
         step_key = jax.random.fold_in(key, state.step)
-        return engine_step(
-            problem, solver, engine, state.w, state.lam, state.engine, step_key, state.step
-        )
+        own = (solver, engine)
+        if isinstance(rule, OuterMethod):
+            own = at_accuracy(rule, state.outer, solver, engine)
+        return engine_step(problem, *own, state.w, state.lam, state.engine, step_key, state.step)
 
     def is_open(carry) -> Array:
         state, *_, taken = carry
@@ -211,7 +222,7 @@ def _chunk(
         h, engine_state = engine_at(state)
         buffer = jax.tree.map(lambda rows, row: rows.at[taken].set(row), buffer, record(h))
         good = h.info.status <= Status.MAX_STEPS
-        lam, outer_state = _outer_step(problem, rule, scales, state, h.grad)
+        lam, outer_state = _outer_step(problem, rule, scales, state, h)
         value = h.info.outer_value.astype(state.best.outer_value.dtype)
         better = good & (value < state.best.outer_value)
         best = tree.where(better, Best(state.lam, h.w, value, state.step), state.best)
@@ -242,17 +253,26 @@ def _chunk(
         worst = jnp.where(info.status > Status.MAX_STEPS, info.status, jnp.int32(0))
         return jnp.maximum(state.worst, worst), rows
 
-    if can_estimate(problem, solver, engine):
+    if can_estimate(problem, solver, engine) and not isinstance(rule, OuterMethod):
         worst, buffer = jax.lax.cond(estimate, with_verdict, lambda: (state.worst, buffer))
         state = state._replace(worst=worst)
     return state, buffer, taken
 
 
-def _outer_step(problem, rule, scales, state: RunState, grad: Tree) -> tuple[Tree, Any]:
+def _outer_step(problem, rule, scales, state: RunState, h: Hypergradient) -> tuple[Tree, Any]:
     """One step of the outer rule on the unconstrained scale, then the projection on the natural one."""
     u = transforms.inverse(scales, state.lam)
     _, pull_back = jax.vjp(lambda u: transforms.forward(scales, u), u)
-    u, outer_state = optax_update(rule, pull_back(grad)[0], state.outer, u)
+    grad = pull_back(h.grad)[0]
+    if isinstance(rule, OuterMethod):
+        flat, unflatten = tree.flatten(u)
+        numbers = (h.info.error_estimate, h.info.outer_value, h.info.corrected_value)
+        numbers = (x.astype(flat.dtype) for x in numbers)
+        at = Evaluation(flat, tree.flatten(grad)[0], *numbers)
+        flat, outer_state = rule.update(at, state.outer)
+        u = unflatten(flat)
+    else:
+        u, outer_state = optax_update(rule, grad, state.outer, u)
     lam = transforms.forward(scales, u)
     projection = getattr(problem, "outer_projection", None)
     return (lam if projection is None else projection(lam)), outer_state

@@ -10,6 +10,7 @@ from hypergrad.base import AbstractEngine, BilevelProblem, Hypergradient, Solver
 from hypergrad.certificate import Constants, error_bound
 from hypergrad.derivatives import cross_vjp, outer_value_and_grads
 from solvers import CG, AbstractInnerSolver, LinearInfo, Status, tree
+from solvers.fields import Number
 from solvers.linear.spectrum import ritz_values
 from solvers.loops import rounding_level
 from solvers.status import combine, where
@@ -27,6 +28,8 @@ class Assessment(NamedTuple):
     """Estimated `||grad - true|| / ||grad||`; NaN where the systems behind it could not be solved."""
     curvature: Array
     """Smallest curvature met by the estimate's solves and a Lanczos probe from a random start."""
+    num_steps: Array
+    """Products with the Hessian, int32, without the probe's."""
     status: Array
     """INDEFINITE, BREAKDOWN or NONFINITE where the implicit hypergradient does not exist, else OK."""
 
@@ -41,13 +44,16 @@ def with_estimate(
     key: Array,
     *,
     refine: bool = False,
+    rtol: Number = 1e-3,
 ) -> Hypergradient:
     """The hypergradient with its error estimate, its bound and its corrected value filled in.
 
     Args:
       state: the engine's after the step.
       refine: return the corrected hypergradient instead of `h.grad`. The estimate is still that of
-        `h.grad`, so more than the error of what is returned.
+        `h.grad`, so more than the error of what is returned. The probe for negative curvature that no
+        right-hand side excites is left out, and the products are counted in `adjoint_steps`.
+      rtol: of the corrections, where the engine has an adjoint to correct.
 
     Where the engine is implicit and undamped, what the estimate's solves found (negative curvature, a
     singular system) is a verdict on the hypergradient too.
@@ -55,7 +61,8 @@ def with_estimate(
     solver = make_solver(solver, lam)
     batches = problem.inner_sampler(key)(0), problem.outer_batch(key)
     adjoint = engine.adjoint(state)
-    found = assess(problem, solver, lam, h, *batches, jax.random.fold_in(key, 3), adjoint)
+    probe_key = None if refine else jax.random.fold_in(key, 3)
+    found = assess(problem, solver, lam, h, *batches, probe_key, adjoint, rtol)
     info = h.info
     like = info.error_estimate.dtype
     status, bound = info.status, info.bound
@@ -70,6 +77,7 @@ def with_estimate(
         error_estimate=found.error.astype(like),
         bound=bound.astype(like),
         corrected_value=found.corrected_value.astype(info.corrected_value.dtype),
+        adjoint_steps=info.adjoint_steps + (found.num_steps if refine else 0),
         status=status,
         curvature=jnp.fmin(info.curvature, found.curvature.astype(info.curvature.dtype)),
     )
@@ -85,8 +93,9 @@ def assess(
     hypergradient: Hypergradient,
     inner_batch: Any,
     outer_batch: Any,
-    key: Array,
+    key: Array | None,
     adjoint: Tree | None = None,
+    rtol: Number = 1e-3,
 ) -> Assessment:
     """Compare a hypergradient with the one after a Newton step on both equations.
 
@@ -97,11 +106,11 @@ def assess(
     it measures is the distance from the exact hypergradient, bias included.
 
     `adjoint` is the engine's own solution q of the adjoint system, where it has one. Then both systems
-    are for corrections, and three digits of those are enough; else q = 0 and both are solved tightly.
+    are for corrections, of which a few digits (`rtol`) are enough; else q = 0 and both are solved tightly.
 
     The systems are solved by CG on automatic Hessian-vector products, whatever the engine used, so a
     wrong `inner_hvp` or a diverging series shows here. A Lanczos probe from a random start looks for
-    negative curvature that the right-hand sides do not excite.
+    negative curvature that the right-hand sides do not excite (none where `key` is None).
 
     Source: dual-weighted residuals, Becker and Rannacher 2001; checked against dense references.
     """
@@ -109,13 +118,12 @@ def assess(
     objective = problem.inner_objective(lam)
     gradient = lambda u: jax.grad(objective)(u, inner_batch)
     residual, hvp = jax.linearize(gradient, w)
-    ritz = ritz_values(hvp, w, key)
 
     size = tree.norm(grad)
     dtype, eps = size.dtype, tree.epsilon(w)
     q = tree.zeros_like(w) if adjoint is None else adjoint
     tight = 1e-10 if eps < 1e-10 else 1e-5
-    rtol = tight if adjoint is None else 1e-3
+    rtol = jnp.asarray(tight if adjoint is None else rtol, dtype)
     # Below its rounding error a residual need not lie in the range of a singular Hessian.
     rounding = rounding_level(hypergradient.info.inner.value, w).astype(dtype)
 
@@ -129,7 +137,7 @@ def assess(
             atol=jnp.where(second, 10 * eps * tree.norm(c).astype(dtype), rounding),
         )
         b = tree.where(second, defect, tree.scale(-1.0, residual))
-        return system.solve(hvp, b, tree.zeros_like(w), None, key)
+        return system.solve(hvp, b, tree.zeros_like(w), None, jax.random.key(0))
 
     def correct(carry: tuple[Tree, Tree], second: Array) -> tuple[tuple[Tree, Tree], LinearInfo]:
         w, _ = carry
@@ -148,11 +156,16 @@ def assess(
     error = tree.norm(tree.sub(better, grad)) / jnp.maximum(size, tiny)
     # Nothing is known below the rounding level of the two gradients that are compared.
     error = jnp.maximum(error, 10 * tree.epsilon(grad))
-    indefinite = ritz[0] < -100 * eps * jnp.max(jnp.abs(ritz))
-    code = combine(*both.status, where(indefinite, Status.INDEFINITE))
+    curvature = jnp.fmin(both.curvature[0], both.curvature[1])
+    code = combine(*both.status)
+    if key is not None:
+        ritz = ritz_values(hvp, w, key)
+        indefinite = ritz[0] < -100 * eps * jnp.max(jnp.abs(ritz))
+        code = combine(code, where(indefinite, Status.INDEFINITE))
+        curvature = jnp.fmin(curvature, ritz[0])
     # A budget that ran out makes the estimate unknown, not the hypergradient wrong.
     failed = code != Status.OK
     code = jnp.where(code == Status.MAX_STEPS, jnp.int32(Status.OK), code)
-    curvature = jnp.minimum(ritz[0], jnp.fmin(both.curvature[0], both.curvature[1]))
     nan = lambda x: jnp.where(failed, jnp.nan, x)
-    return Assessment(better, nan(corrected), nan(error), curvature, code)
+    num_steps = jnp.sum(both.num_steps) + 2
+    return Assessment(better, nan(corrected), nan(error), curvature, num_steps, code)

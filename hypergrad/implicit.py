@@ -39,6 +39,7 @@ class Implicit(AbstractEngine):
 
     `refine=True` returns the hypergradient after the Newton correction of the error estimate, whose error
     is quadratic in that of the plain one, at each step. `info.error_estimate` is still the plain one's.
+    `refine_rtol` is how exactly the correction is solved for, relative to itself.
 
     The inner solver continues from the last `w` and state, the linear solver from the last adjoint.
     With a batch size, the adjoint system and the residual use one inner batch per outer step.
@@ -54,6 +55,7 @@ class Implicit(AbstractEngine):
     damping: Number | str = number(0.0, low=0.0)
     estimate: bool | None = static(None)
     refine: bool = static(False)
+    refine_rtol: Number = number(1e-3, low=0.0)
 
     needs_implicit = True
 
@@ -110,7 +112,9 @@ class Implicit(AbstractEngine):
         )
         h, state = Hypergradient(grad, w, info), _State(inner_state, q)
         if self.refine:
-            h = with_estimate(problem, solver, self, lam, h, state, key, refine=True)
+            h = with_estimate(
+                problem, solver, self, lam, h, state, key, refine=True, rtol=self.refine_rtol
+            )
         return h, state
 
     def _damping(self, hvp: MatVec, w: Tree, key: Array) -> Scalar:

@@ -1,0 +1,80 @@
+"""What an outer method is: from one evaluation to the next, and how exact that one has to be."""
+
+import abc
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax import Array
+
+from hypergrad import AbstractEngine, Implicit
+from solvers import CG, AbstractInnerSolver
+from solvers.fields import Settings
+from solvers.types import Scalar
+
+
+class Evaluation(NamedTuple):
+    """An outer value and a hypergradient, on the unconstrained scale of the outer variable."""
+
+    u: Array
+    """(p,), where it was evaluated."""
+    grad: Array
+    """(p,), after the Newton correction."""
+    error: Scalar
+    """Estimated relative error before the correction, so more than that of `grad`; NaN = unknown."""
+    value: Scalar
+    """The outer loss at the inner point."""
+    corrected: Scalar
+    """The outer value at the inner solution, to second order in the inner error."""
+
+
+class OuterMethod(Settings):
+    """A method for `run(outer=...)` with the engine `Implicit`: deterministic, so without batches.
+
+    Each outer step of `run` is one evaluation; a method looks at it and says where the next one is (on a
+    line, back at the last good point) and to which inner and adjoint tolerance it is solved.
+    """
+
+    @abc.abstractmethod
+    def init(self, u: Array) -> Any:
+        """The state before the first evaluation, at `u`."""
+
+    @abc.abstractmethod
+    def accuracy(self, state: Any) -> tuple[Scalar, Scalar]:
+        """The inner tolerance (absolute) and the adjoint's (relative) of the next evaluation."""
+
+    @abc.abstractmethod
+    def update(self, at: Evaluation, state: Any) -> tuple[Array, Any]:
+        """Where the next evaluation is, (p,), and the state."""
+
+
+def check(solver: Any, engine: AbstractEngine) -> None:
+    """Raise TypeError where a method cannot set the tolerances."""
+    linear = engine.linear_solver if isinstance(engine, Implicit) else None
+    if not isinstance(engine, Implicit) or not (linear is None or hasattr(linear, "rtol")):
+        raise TypeError(
+            "an outer method sets the tolerances of its solves: expected the engine Implicit with a linear "
+            f"solver that has an rtol, such as CG, got {engine!r}."
+        )
+    if not isinstance(solver, AbstractInnerSolver):
+        raise TypeError(
+            f"an outer method needs an inner solver with a tolerance, not a function of lam: {solver!r}."
+        )
+
+
+def at_accuracy(
+    method: OuterMethod, state: Any, solver: AbstractInnerSolver, engine: Any
+) -> tuple[AbstractInnerSolver, Implicit]:
+    """The inner solver and the engine with the tolerances of the next evaluation."""
+    tol, rtol = method.accuracy(state)
+    linear = CG() if engine.linear_solver is None else engine.linear_solver
+    linear = dataclasses.replace(linear, rtol=rtol)
+    # One digit of a correction is enough to see the error and to remove most of it.
+    engine = dataclasses.replace(engine, linear_solver=linear, refine=True, refine_rtol=0.1)
+    return dataclasses.replace(solver, tol=tol), engine
+
+
+def floors(u: Array) -> tuple[Scalar, Scalar]:
+    """The smallest tolerances that make sense in the precision of `u`."""
+    eps = jnp.finfo(u.dtype).eps
+    return jnp.asarray(100 * eps, u.dtype), jnp.asarray(10 * eps, u.dtype)
