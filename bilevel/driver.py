@@ -91,7 +91,7 @@ def run(
         patience = _count("patience", patience, 1)
     outer = optax.adam(1e-1) if outer is None else outer
     if isinstance(outer, OuterMethod):
-        check(solver, engine)
+        check(problem, solver, engine)
     elif not isinstance(outer, optax.GradientTransformation):
         raise TypeError(
             "outer must be an optax rule such as optax.adam(1e-1) or an outer method such as "
@@ -143,7 +143,7 @@ def run(
     if worst <= Status.MAX_STEPS and len(history.status):
         worst = int(history.status[-1])
     result = Result(
-        lam=state.lam,
+        lam=_point(rule, scales, state),
         w=state.w,
         history=history,
         status=Status(worst),
@@ -276,6 +276,15 @@ def _outer_step(problem, rule, scales, state: RunState, h: Hypergradient) -> tup
     lam = transforms.forward(scales, u)
     projection = getattr(problem, "outer_projection", None)
     return (lam if projection is None else projection(lam)), outer_state
+
+
+@eqx.filter_jit
+def _point(rule, scales, state: RunState) -> Tree:
+    """The outer variable of the result: an outer method may just have been about to try another."""
+    if not isinstance(rule, OuterMethod):
+        return state.lam
+    _, unflatten = tree.flatten(transforms.inverse(scales, state.lam))
+    return transforms.forward(scales, unflatten(rule.point(state.outer)))
 
 
 def _select(condition: Array, x: Any, y: Any) -> Any:

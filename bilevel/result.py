@@ -69,8 +69,9 @@ class RunState(NamedTuple):
 class Result:
     """Outcome of `run`.
 
-    `lam` is the outer variable after the last step and `w` the inner variable that the last step
-    solved for; `best` is the pair with the smallest outer value.
+    `lam` is the outer variable after the last step (with an outer method: the last point that it
+    accepted) and `w` the inner variable that the last step solved for; `best` is the pair with the
+    smallest outer value.
     """
 
     lam: Tree

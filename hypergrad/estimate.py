@@ -167,5 +167,5 @@ def assess(
     failed = code != Status.OK
     code = jnp.where(code == Status.MAX_STEPS, jnp.int32(Status.OK), code)
     nan = lambda x: jnp.where(failed, jnp.nan, x)
-    num_steps = jnp.sum(both.num_steps) + 2
+    num_steps = jnp.sum(both.num_steps, dtype=jnp.int32) + 2
     return Assessment(better, nan(corrected), nan(error), curvature, num_steps, code)

@@ -44,12 +44,21 @@ class OuterMethod(Settings):
         """The inner tolerance (absolute) and the adjoint's (relative) of the next evaluation."""
 
     @abc.abstractmethod
+    def point(self, state: Any) -> Array:
+        """The last good point, (p,): what a run returns."""
+
+    @abc.abstractmethod
     def update(self, at: Evaluation, state: Any) -> tuple[Array, Any]:
         """Where the next evaluation is, (p,), and the state."""
 
 
-def check(solver: Any, engine: AbstractEngine) -> None:
-    """Raise TypeError where a method cannot set the tolerances."""
+def check(problem: Any, solver: Any, engine: AbstractEngine) -> None:
+    """Raise TypeError where a method cannot set the tolerances, or compare values."""
+    if any(size is not None for size in getattr(problem, "batch_size", (None, None))):
+        raise TypeError(
+            "an outer method compares outer values: expected a problem without batch_size, got "
+            f"{problem.batch_size}. Use an optax rule with batches."
+        )
     linear = engine.linear_solver if isinstance(engine, Implicit) else None
     if not isinstance(engine, Implicit) or not (linear is None or hasattr(linear, "rtol")):
         raise TypeError(

@@ -39,6 +39,9 @@ class HOAG(OuterMethod):
         tol = self._tolerance(state.count).astype(state.u.dtype) * state.factor
         return jnp.maximum(tol, low_tol), jnp.clip(tol, low_rtol, 0.1)
 
+    def point(self, state: "_State") -> Array:
+        return state.u
+
     def update(self, at: Evaluation, state: "_State") -> tuple[Array, "_State"]:
         eps, _ = self.accuracy(state)
         size = jnp.linalg.norm(at.grad)

@@ -49,6 +49,9 @@ class _LineSearch(OuterMethod):
     def accuracy(self, state: "State") -> tuple[Scalar, Scalar]:
         return state.tol, state.rtol
 
+    def point(self, state: "State") -> Array:
+        return state.u
+
     def update(self, at: Evaluation, state: "State") -> tuple[Array, "State"]:
         low_tol, low_rtol = floors(at.u)
         at_floor = (state.tol <= low_tol) & (state.rtol <= low_rtol)
@@ -76,13 +79,13 @@ class _LineSearch(OuterMethod):
         first = memory.count == 0
         step = self._first_trial(at, state, first)
 
-        # Not trusted: here again, more exactly. Rejected: half the step, and after too many of those back
+        # Not trusted: here again, more exactly. Rejected: a shorter step, and after too many of those back
         # to the last good point, more exactly. Accepted: on.
         shrink = cast(self.tighten, at.u)
         factor = jnp.where(accepts, self._factor(error), 1.0)
         factor = jnp.where(~trusted | gives_up, shrink, factor)
-        half = state.step / 2
-        following = jnp.where(accepts, at.u + step * direction, state.u + half * state.direction)
+        shorter = state.step * self._shrink(at.corrected - state.corrected, slope)
+        following = jnp.where(accepts, at.u + step * direction, state.u + shorter * state.direction)
         following = jnp.where(gives_up, state.u, following)
         following = jnp.where(trusted, following, at.u)
         pick = lambda new, old: jnp.where(accepts, new, old)
@@ -92,8 +95,8 @@ class _LineSearch(OuterMethod):
             corrected=pick(at.corrected, state.corrected),
             slack=pick(slack, state.slack),
             direction=pick(direction, state.direction),
-            step=jnp.where(accepts, step, jnp.where(rejects, half, state.step)),
-            tries=jnp.where(accepts | gives_up, 0, state.tries + jnp.where(rejects, 1, 0)),
+            step=jnp.where(accepts, step, jnp.where(rejects, shorter, state.step)),
+            tries=jnp.where(accepts | gives_up, 0, state.tries + rejects.astype(jnp.int32)),
             fresh=jnp.where(accepts, False, state.fresh | gives_up),
             tol=jnp.maximum(state.tol * factor, low_tol),
             rtol=jnp.clip(state.rtol * factor, low_rtol, 0.1),
@@ -105,13 +108,16 @@ class _LineSearch(OuterMethod):
         good = when & (s @ y > 1e-8 * jnp.linalg.norm(s) * jnp.linalg.norm(y))
         old = state.memory
         push = lambda rows, row: jnp.where(good, jnp.roll(rows, -1, axis=0).at[-1].set(row), rows)
-        count = jnp.minimum(old.count + jnp.where(good, 1, 0), self.memory)
+        count = jnp.minimum(old.count + good.astype(jnp.int32), self.memory)
         return _Memory(push(old.s, s), push(old.y, y), count)
 
     def _direction(self, grad: Array, memory: "_Memory") -> Array:
         raise NotImplementedError
 
     def _first_trial(self, at: Evaluation, state: "State", first: Array) -> Scalar:
+        raise NotImplementedError
+
+    def _shrink(self, rise: Scalar, slope: Scalar) -> Scalar:
         raise NotImplementedError
 
     def _factor(self, error: Scalar) -> Scalar:
@@ -124,8 +130,8 @@ class Adaptive(_LineSearch):
     After each accepted step both tolerances are multiplied by `target / error`, within 0.1 and 4: the
     hypergradient keeps a relative error near `target` before its Newton correction (and near its square
     after), so early steps are cheap and late ones exact. An estimated error above `largest_error` moves
-    nothing: the same point is solved more exactly. Steps are halved until the corrected outer value falls
-    (Armijo, up to what the correction may be wrong by).
+    nothing: the same point is solved more exactly. Steps are shortened, to the minimum of a parabola, until
+    the corrected outer value falls (Armijo, up to what the correction may be wrong by).
 
     `tol` and `rtol` are the first inner and adjoint tolerances; what they are matters little.
     Cost per evaluation: an inner solve, and three linear solves of few digits.
@@ -149,6 +155,11 @@ class Adaptive(_LineSearch):
         size = jnp.maximum(jnp.linalg.norm(at.grad), 1e-300)
         return jnp.where(first, cast(self.first_step, at.u) * jnp.minimum(1.0, 1 / size), 1.0)
 
+    def _shrink(self, rise: Scalar, slope: Scalar) -> Scalar:
+        """To the minimum of the parabola through both values and the slope."""
+        factor = jnp.clip(-slope / (2 * jnp.maximum(rise - slope, 1e-300)), 0.02, 0.5)
+        return jnp.where(jnp.isfinite(rise), factor, 0.02)
+
     def _factor(self, error: Scalar) -> Scalar:
         return jnp.clip(cast(self.target, error) / jnp.maximum(error, 1e-300), 0.1, 4.0)
 
@@ -156,7 +167,7 @@ class Adaptive(_LineSearch):
 class MAID(_LineSearch):
     """The method of adaptive inexact descent: steepest descent, steps and tolerances by fixed factors.
 
-    An accepted step is followed by one 10/9 times as long and tolerances 1.05 times as large; a
+    An accepted step is followed by one 10/9 times as long and tolerances 1.25 times as large; a
     hypergradient that need not be a descent direction (estimated error above its norm), and `max_tries`
     halved steps, by tolerances half as large. Departs from the paper: errors are those of the defect
     estimate, not of a worst-case bound, and values are compared after their second-order correction.
@@ -168,7 +179,7 @@ class MAID(_LineSearch):
     rtol: Number = number(1e-2, low=0.0, strict=True)
     largest_error: Number = number(1 - _ARMIJO, low=0.0, strict=True)
     tighten: Number = number(0.5, low=0.0, strict=True)
-    loosen: Number = number(1.05, low=1.0)
+    loosen: Number = number(1.25, low=1.0)
     first_step: Number = number(1e-2, low=0.0, strict=True)
     grow: Number = number(10 / 9, low=1.0)
     max_move: Number = number(1e3, low=0.0, strict=True)
@@ -180,6 +191,9 @@ class MAID(_LineSearch):
 
     def _first_trial(self, at: Evaluation, state: "State", first: Array) -> Scalar:
         return jnp.where(state.fresh, state.step, state.step * cast(self.grow, at.u))
+
+    def _shrink(self, rise: Scalar, slope: Scalar) -> Scalar:
+        return jnp.full_like(rise, 0.5)
 
     def _factor(self, error: Scalar) -> Scalar:
         return cast(self.loosen, error)
@@ -212,7 +226,7 @@ class State(NamedTuple):
 def inverse_hessian(memory: _Memory, grad: Array) -> Array:
     """The two-loop recursion of L-BFGS: `H grad`. Nocedal and Wright, algorithm 7.4."""
     size = memory.s.shape[0]
-    used = jnp.arange(size) >= size - memory.count
+    used = jnp.arange(size, dtype=jnp.int32) >= size - memory.count
     curvature = jnp.einsum("mp,mp->m", memory.s, memory.y)
     rho = jnp.where(used, 1 / jnp.where(used, curvature, 1.0), 0.0)
 
