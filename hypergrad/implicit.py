@@ -15,7 +15,7 @@ from hypergrad.base import (
     make_solver,
 )
 from hypergrad.derivatives import cross_vjp, hessian_product, outer_value_and_grads
-from solvers import CG, AbstractLinearSolver, tree
+from solvers import CG, AbstractLinearSolver, Status, status, tree
 from solvers.fields import Number, number, static
 from solvers.loops import solve
 from solvers.types import Tree
@@ -27,7 +27,8 @@ class Implicit(AbstractEngine):
     Class: the inner solution is an isolated minimiser with an invertible Hessian; outer variables
     that act only through the inner solver (its start, its learning rate) have no implicit derivative
     and are refused. `damping > 0` gives the hypergradient of the proximal problem instead, a bias that
-    `info.error_estimate` shows.
+    `info.error_estimate` shows. Negative curvature of `H + damping I` is status INDEFINITE whatever the
+    linear solver made of it: at a saddle point the formula has a value, but it is no hypergradient.
 
     The inner solver continues from the last `w` and state, the linear solver from the last adjoint.
     With a batch size, the adjoint system and the residual use one inner batch per outer step.
@@ -77,11 +78,14 @@ class Implicit(AbstractEngine):
         q, adjoint = linear.solve(product, c, warm, prepared, linear_key)
         grad = tree.sub(grad_lam, cross_vjp(problem, solver, w, lam, batch, q))
 
+        # MINRES and GMRES solve an indefinite system without complaint, but its `w` is no minimiser.
+        negative = adjoint.curvature < -100 * tree.epsilon(w) * adjoint.largest
         info = make_info(
             value,
             inner,
             grad,
             adjoint.status,
+            status.where(negative, Status.INDEFINITE),
             adjoint_residual=adjoint.residual,
             adjoint_steps=adjoint.num_steps,
             curvature=adjoint.curvature - jnp.asarray(self.damping, adjoint.curvature.dtype),
