@@ -45,6 +45,16 @@ class CG(AbstractLinearSolver):
     max_steps: int | None = static(None, low=1)
     preconditioner: AbstractPreconditioner | Callable[[Tree], Tree] | None = None
 
+    def __check_init__(self) -> None:
+        given = self.preconditioner
+        if isinstance(given, type) or not (
+            given is None or callable(given) or isinstance(given, AbstractPreconditioner)
+        ):
+            raise TypeError(
+                "CG(preconditioner=...) must be a function or an instance such as Jacobi(), "
+                f"got {given!r}."
+            )
+
     def init(self, matvec: MatVec, like: Tree, key: Array) -> Any:
         """The preconditioner's state, if it has one."""
         if isinstance(self.preconditioner, AbstractPreconditioner):

@@ -34,11 +34,11 @@ def test_nystrom_gets_better_with_the_rank(seed):
     matrix, _, b = draw(seed, np.logspace(-6, 1, 40))
     exact = np.linalg.solve(matrix + 0.1 * np.eye(40), b)
     errors = []
-    for rank in (2, 10, 40, 100):
+    for rank in (2, 20, 40, 100):
         x, info = solve(Nystrom(rank=rank, damping=0.1), matrix, b)
         assert info.status == Status.OK and info.num_steps == min(rank, 40)
         errors.append(np.linalg.norm(x - exact) / np.linalg.norm(exact))
-    assert errors[0] > 3 * errors[1] > 1e-3 and max(errors[2:]) < 1e-12
+    assert errors[0] > 3 * errors[1] > 1e-4 and max(errors[2:]) < 1e-12
 
 
 @dtypes
