@@ -18,7 +18,7 @@ def test_nystrom_of_low_rank_is_the_damped_inverse(dtype, seed):
     matrix, _, b = draw(seed, LOW_RANK)
     x, info = solve(Nystrom(rank=8, damping=0.1), matrix, b, dtype=dtype)
     inverse = np.linalg.inv(matrix + 0.1 * np.eye(len(LOW_RANK)))
-    atol = 1e-12 if dtype == jnp.float64 else 2e-5
+    atol = 1e-11 if dtype == jnp.float64 else 1e-4
     np.testing.assert_allclose(x, inverse @ b, rtol=0, atol=atol)
     assert info.status == Status.OK and info.num_steps == 8
     expected = true_residual(matrix, b, x, dtype)
@@ -26,7 +26,7 @@ def test_nystrom_of_low_rank_is_the_damped_inverse(dtype, seed):
     np.testing.assert_allclose(info.residual, expected, rtol=1e-5)
     # Another damping is another number of the same program; in the range a small one does no harm.
     x, info = solve(Nystrom(rank=8, damping=1e-9), matrix, matrix @ b)
-    np.testing.assert_allclose(x, np.linalg.pinv(matrix) @ matrix @ b, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(x, np.linalg.pinv(matrix) @ matrix @ b, rtol=0, atol=1e-5)
     assert info.residual < 1e-8
 
 
@@ -56,7 +56,7 @@ def test_nystrom_verdicts(dtype, seed):
         x, info = solve(solver, matrix, scale * b, dtype=dtype)
         assert info.status == Status.OK
         np.testing.assert_allclose(
-            x / scale, np.linalg.solve(matrix + 1e-3 * np.eye(6), b), rtol=1e-4
+            x / scale, np.linalg.solve(matrix + 1e-3 * np.eye(6), b), rtol=0, atol=1e-4
         )
     _, info = solve(solver, matrix, np.nan * b, dtype=dtype)
     assert info.status == Status.NONFINITE
