@@ -16,7 +16,7 @@ from hypergrad.base import (
 )
 from hypergrad.derivatives import cross_vjp, outer_value_and_grads
 from hypergrad.estimate import with_estimate
-from solvers import CG, AbstractLinearSolver, tree
+from solvers import CG, AbstractLinearSolver, Status, status, tree
 from solvers.fields import Number, cast, number, static
 from solvers.gradient import linearized_hvp
 from solvers.linear.spectrum import ritz_values
@@ -36,6 +36,9 @@ class Implicit(AbstractEngine):
     products from a random start find, and zero where they find none: at a point that is no minimiser
     (a network stopped early) the result is that of a damped problem, `info.damping` says so, and the
     error is unknown.
+
+    Negative curvature of `H + damping I` is status INDEFINITE whatever the linear solver made of it: at a
+    saddle point the formula has a value, but it is no hypergradient.
 
     `refine=True` returns the hypergradient after the Newton correction of the error estimate, whose error
     is quadratic in that of the plain one, at each step. `info.error_estimate` is still the plain one's.
@@ -99,11 +102,14 @@ class Implicit(AbstractEngine):
         q, adjoint = linear.solve(product, c, warm, prepared, linear_key)
         grad = tree.sub(grad_lam, cross_vjp(problem, solver, w, lam, batch, q))
 
+        # MINRES and GMRES solve an indefinite system without complaint, but its `w` is no minimiser.
+        negative = adjoint.curvature < -100 * tree.epsilon(w) * adjoint.largest
         info = make_info(
             value,
             inner,
             grad,
             adjoint.status,
+            status.where(negative, Status.INDEFINITE),
             adjoint_residual=adjoint.residual,
             adjoint_steps=adjoint.num_steps,
             curvature=adjoint.curvature - damping.astype(adjoint.curvature.dtype),

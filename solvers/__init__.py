@@ -4,7 +4,20 @@ from solvers.base import AbstractInnerSolver
 from solvers.gradient import GradientDescent
 from solvers.jaxopt_solver import JaxoptSolver
 from solvers.lbfgs import LBFGS
-from solvers.linear import CG, AbstractLinearSolver, Dense, LinearInfo, Neumann
+from solvers.linear import (
+    CG,
+    GMRES,
+    MINRES,
+    AbstractLinearSolver,
+    AbstractPreconditioner,
+    Chebyshev,
+    Dense,
+    Jacobi,
+    LinearInfo,
+    Neumann,
+    Nystrom,
+    NystromPreconditioner,
+)
 from solvers.newton import Newton
 from solvers.optax_solver import OptaxSolver
 from solvers.status import Status
@@ -19,16 +32,23 @@ SOLVERS = {
 
 __all__ = [
     "CG",
+    "GMRES",
     "LBFGS",
+    "MINRES",
     "SOLVERS",
     "AbstractInnerSolver",
     "AbstractLinearSolver",
+    "AbstractPreconditioner",
+    "Chebyshev",
     "Dense",
     "GradientDescent",
+    "Jacobi",
     "JaxoptSolver",
     "LinearInfo",
     "Neumann",
     "Newton",
+    "Nystrom",
+    "NystromPreconditioner",
     "Objective",
     "OptaxSolver",
     "Sampler",

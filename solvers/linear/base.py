@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from solvers import status, tree
-from solvers.fields import Number, Settings
+from solvers.fields import Number, Settings, cast
 from solvers.status import Status
 from solvers.types import MatVec, Scalar, Tree
 
@@ -24,10 +24,12 @@ class LinearInfo(NamedTuple):
     """A `Status`, int32."""
     curvature: Array
     """The smallest Rayleigh or Ritz value `v'Av / v'v` seen; NaN where none was."""
+    largest: Array
+    """The largest `||A v|| / ||v||` seen: `curvature` is known to a few eps of it."""
 
 
 class AbstractLinearSolver(Settings):
-    """Solves `A x = b` for a symmetric `A` given by its products.
+    """Solves `A x = b` for an `A` given by its products; symmetric, unless the solver says otherwise.
 
     `init` factors, sketches or measures the spectrum; `solve` uses it for any number of `b`.
     Both work under `jit` and `vmap`.
@@ -60,6 +62,19 @@ class AbstractLinearSolver(Settings):
         """
 
 
+def target_residual(b: Tree, rtol: Number | None, atol: Number, unit: Scalar) -> Scalar:
+    """`max(rtol ||b||, atol)`, with `rtol` by default 1e-10 (1e-5 in float32) and never below 10 eps."""
+    b_norm, eps = tree.norm(b), tree.epsilon(b)
+    default = 1e-10 if eps < 1e-10 else 1e-5
+    relative = jnp.asarray(default, b_norm.dtype) if rtol is None else cast(rtol, b_norm)
+    return jnp.maximum(jnp.maximum(relative, 10 * eps) * b_norm, cast(atol, b_norm) / unit)
+
+
+def step_budget(max_steps: int | None, b: Tree) -> int:
+    """The steps given, or ten times the dimension, within 100 and 5000."""
+    return min(max(10 * tree.size(b), 100), 5000) if max_steps is None else max_steps
+
+
 def finish(
     matvec: MatVec,
     b: Tree,
@@ -71,21 +86,26 @@ def finish(
     curvature: Array,
     target: Scalar,
     largest: Scalar,
+    singular: Array | bool = False,
 ) -> LinearInfo:
     """Judge a finished solve by its recomputed `remainder = b - A x` and fill in the report.
 
-    The target is floored by what rounding allows, `10 eps (L ||x|| + ||b||)`. A solve that missed
+    The target is floored by what rounding allows, `10 eps (L ||x|| + ||b||)`, though never above a
+    tenth of `||b||`: no residual of that size is a solution's. A solve that missed
     the target although nothing else was wrong is MAX_STEPS, or BREAKDOWN where what is left of the
-    right-hand side lies in the null space of `A`, so that no number of steps would remove it.
+    right-hand side lies in the null space of `A`, so that no number of steps would remove it (or where
+    the method found the matrix to be `singular` on its own grounds).
     """
     b_norm, residual = tree.norm(b), tree.norm(remainder)
     eps = tree.epsilon(b)
-    floor = 10 * eps * (largest * tree.norm(x) + b_norm)
+    floor = jnp.minimum(10 * eps * (largest * tree.norm(x) + b_norm), 0.1 * b_norm)
     missed = ~(residual <= jnp.maximum(target, floor))
 
     def name_the_miss(_: None) -> Array:
         in_null_space = tree.norm(matvec(remainder)) <= eps**0.5 * largest * residual
-        return jnp.where(in_null_space, jnp.int32(Status.BREAKDOWN), jnp.int32(Status.MAX_STEPS))
+        return jnp.where(
+            in_null_space | singular, jnp.int32(Status.BREAKDOWN), jnp.int32(Status.MAX_STEPS)
+        )
 
     code = jax.lax.cond(
         missed & (code == Status.OK), name_the_miss, lambda _: jnp.asarray(code, jnp.int32), None
@@ -93,7 +113,7 @@ def finish(
     finite = jnp.isfinite(residual) & tree.all_finite(x)
     code = status.combine(code, status.where(~finite, Status.NONFINITE))
     relative = jnp.where(b_norm > 0, residual / jnp.where(b_norm > 0, b_norm, 1.0), residual)
-    return LinearInfo(relative, jnp.asarray(num_steps, jnp.int32), code, curvature)
+    return LinearInfo(relative, jnp.asarray(num_steps, jnp.int32), code, curvature, largest)
 
 
 def accept_fixed_budget(info: LinearInfo, rtol: Number | None, atol: Number | None) -> LinearInfo:

@@ -9,7 +9,15 @@ from jax import Array
 
 from solvers import tree
 from solvers.fields import Number, cast, number, static
-from solvers.linear.base import AbstractLinearSolver, LinearInfo, accept_fixed_budget, finish
+from solvers.linear.base import (
+    AbstractLinearSolver,
+    LinearInfo,
+    accept_fixed_budget,
+    finish,
+    step_budget,
+    target_residual,
+)
+from solvers.linear.preconditioners import AbstractPreconditioner
 from solvers.status import Status
 from solvers.types import MatVec, Scalar, Tree
 
@@ -21,7 +29,8 @@ class CG(AbstractLinearSolver):
     recomputed one and the iteration restarted where they disagree. `rtol` defaults to 1e-10 in
     float64 and 1e-5 in float32 (never below 10 eps), `max_steps` to ten times the dimension, within
     100 and 5000. `rtol=0, atol=0` runs `max_steps` steps (or until rounding ends the progress).
-    `preconditioner(r) -> z` is a symmetric positive definite approximation of the inverse.
+    `preconditioner` is a symmetric positive definite approximation of the inverse: a function `r -> z`,
+    or `Jacobi`, `NystromPreconditioner` or another `AbstractPreconditioner`, made once per operator.
 
     Status: INDEFINITE where a direction of negative curvature is met, BREAKDOWN where one of zero
     curvature is (a right-hand side outside the range of a singular matrix), else MAX_STEPS or OK. A
@@ -34,9 +43,22 @@ class CG(AbstractLinearSolver):
     rtol: Number | None = number(None, low=0.0)
     atol: Number = number(0.0, low=0.0)
     max_steps: int | None = static(None, low=1)
-    preconditioner: Callable[[Tree], Tree] | None = None
+    preconditioner: AbstractPreconditioner | Callable[[Tree], Tree] | None = None
 
-    def init(self, matvec: MatVec, like: Tree, key: Array) -> None:
+    def __check_init__(self) -> None:
+        given = self.preconditioner
+        if isinstance(given, type) or not (
+            given is None or callable(given) or isinstance(given, AbstractPreconditioner)
+        ):
+            raise TypeError(
+                "CG(preconditioner=...) must be a function or an instance such as Jacobi(), "
+                f"got {given!r}."
+            )
+
+    def init(self, matvec: MatVec, like: Tree, key: Array) -> Any:
+        """The preconditioner's state, if it has one."""
+        if isinstance(self.preconditioner, AbstractPreconditioner):
+            return self.preconditioner.init(matvec, like, key)
         return None
 
     def solve_unit(
@@ -45,14 +67,20 @@ class CG(AbstractLinearSolver):
         b_norm = tree.norm(b)
         dtype = b_norm.dtype
         eps = tree.epsilon(b)
-        default_rtol = 1e-10 if eps < 1e-10 else 1e-5
-        rtol = jnp.asarray(default_rtol, dtype) if self.rtol is None else cast(self.rtol, b_norm)
-        rtol = jnp.maximum(rtol, 10 * eps)
-        target = jnp.maximum(rtol * b_norm, cast(self.atol, b_norm) / unit)
-        max_steps = self.max_steps
-        if max_steps is None:
-            max_steps = min(max(10 * tree.size(b), 100), 5000)
-        precondition = (lambda r: r) if self.preconditioner is None else self.preconditioner
+        target = target_residual(b, self.rtol, self.atol, unit)
+        max_steps = step_budget(self.max_steps, b)
+        approximate = self.preconditioner
+
+        def precondition(r: Tree) -> Tree:
+            if approximate is None:
+                return r
+            if isinstance(approximate, AbstractPreconditioner):
+                return approximate.apply(state, r)
+            return approximate(r)
+
+        largest = jnp.zeros((), dtype)
+        if isinstance(approximate, AbstractPreconditioner):
+            largest = largest + cast(approximate.largest(state), b_norm)
 
         x0 = tree.where(b_norm > 0, x0, tree.zeros_like(x0))
         warm = tree.max_abs(x0) > 0
@@ -123,7 +151,7 @@ class CG(AbstractLinearSolver):
                 steps=jnp.int32(0),
                 code=ok,
                 curvature=jnp.asarray(jnp.inf, dtype),
-                largest=jnp.zeros((), dtype),
+                largest=largest,
             ),
         )
         curvature = jnp.where(jnp.isinf(last.curvature), jnp.nan, last.curvature)

@@ -67,6 +67,8 @@ class Neumann(AbstractLinearSolver):
             noise = 10 * tree.epsilon(b) * (b_norm + largest * tree.norm(x))
             grows = residual > c.residual * (1 + 1e-6) + noise
             measured = c.residual > 1e3 * noise
+            seen = jnp.abs(rayleigh) * c.step * c.residual > noise
+            rayleigh = jnp.where(seen, rayleigh, jnp.zeros_like(rayleigh))
             negative = grows & (rayleigh < 0)
             too_long = grows & ~negative
             code = jnp.where(negative, jnp.int32(Status.INDEFINITE), jnp.int32(Status.OK))

@@ -152,6 +152,31 @@ def test_negative_curvature_that_the_outer_gradient_does_not_see():
     assert int(h.info.status) == bl.Status.INDEFINITE
 
 
+@pytest.mark.parametrize("linear", [bl.MINRES(), bl.GMRES()], ids=["minres", "gmres"])
+def test_a_solver_that_takes_an_indefinite_hessian_does_not_make_it_a_hypergradient(linear):
+    """H = diag(-0.3, 1, 2) at the saddle point w = lam / H: solved, and still INDEFINITE."""
+    diagonal = jnp.asarray([-0.3, 1.0, 2.0])
+    inner = lambda w, lam, batch: 0.5 * jnp.sum(diagonal * w**2) - jnp.sum(lam * w)
+    outer = lambda w, lam, batch: jnp.sum(w)
+    problem, lam = bl.Problem(inner, outer), jnp.ones(3)
+
+    def run(damping):
+        engine = bl.Implicit(linear, damping=damping, estimate=False)
+        solver = bl.GradientDescent(max_steps=1, learning_rate=1e-9, tol=0.0)
+        return bl.hypergradient(
+            problem, lam, lam / diagonal, engine=engine, solver=solver, throw=False
+        )
+
+    h = run(0.0)
+    assert int(h.info.status) == bl.Status.INDEFINITE and float(h.info.adjoint_residual) < 1e-9
+    assert -0.3 - 1e-9 <= float(h.info.curvature) < -0.01
+    np.testing.assert_allclose(h.grad, 1 / diagonal, rtol=1e-6)  # dw/dlam of the saddle point
+    # A damping above the negative curvature makes the system definite, and the result one of its own.
+    h = run(0.5)
+    assert int(h.info.status) == bl.Status.OK
+    np.testing.assert_allclose(h.grad, 1 / (diagonal + 0.5), rtol=1e-6)
+
+
 def test_unconverged_inner_solve_is_max_steps_and_its_error_is_estimated(seed):
     case = problems.make("quadratic", seed)
     h = bl.hypergradient(

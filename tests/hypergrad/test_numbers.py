@@ -21,6 +21,17 @@ NUMBERS |= {
     bl.CG: {"rtol": (1e-8, 1e-9), "atol": (1e-12, 1e-11)},
     bl.Neumann: {"rtol": (1e-8, 1e-9), "atol": (1e-12, 1e-11), "step": (0.3, 0.4)},
     bl.Dense: {},
+    bl.MINRES: {"rtol": (1e-8, 1e-9), "atol": (1e-12, 1e-11)},
+    bl.GMRES: {"rtol": (1e-8, 1e-9), "atol": (1e-12, 1e-11)},
+    bl.Chebyshev: {
+        "rtol": (1e-8, 1e-9),
+        "atol": (1e-12, 1e-11),
+        "mu": (0.3, 0.2),
+        "L": (5.0, 6.0),
+    },
+    bl.Nystrom: {"damping": (1e-8, 1e-7)},
+    bl.Jacobi: {},
+    bl.NystromPreconditioner: {},
     bl.GradientDescent: {
         "learning_rate": (0.3, 0.4),
         "momentum": (0.1, 0.2),
@@ -42,6 +53,7 @@ def subclasses(cls):
 def test_the_table_names_every_number():
     named = {cls: set(numbers) for cls, numbers in NUMBERS.items()}
     abstract = {bl.AbstractEngine, bl.AbstractInnerSolver, bl.AbstractLinearSolver}
+    abstract |= {bl.AbstractPreconditioner}
     there = {
         cls: {field.name for field in dataclasses.fields(cls) if "low" in field.metadata}
         for cls in subclasses(Settings) - abstract
@@ -59,8 +71,9 @@ def setup_of(cls, which):
     if issubclass(cls, bl.AbstractEngine):
         options = {"estimate": False} if hasattr(cls, "estimate") else {}
         return with_numbers(cls, which, **options), cls.default_solver()
-    if issubclass(cls, bl.AbstractLinearSolver):
-        linear = with_numbers(cls, which)
+    if issubclass(cls, bl.AbstractLinearSolver | bl.AbstractPreconditioner):
+        part = with_numbers(cls, which)
+        linear = part if isinstance(part, bl.AbstractLinearSolver) else bl.CG(preconditioner=part)
         return bl.Implicit(linear, estimate=False), bl.Newton(linear_solver=linear)
     options = {"tx": optax.sgd(0.1)} if cls is bl.OptaxSolver else {}
     return bl.Implicit(estimate=False), with_numbers(cls, which, **options)

@@ -7,7 +7,21 @@ import numpy as np
 import optax
 import pytest
 
-from solvers import CG, LBFGS, GradientDescent, JaxoptSolver, Neumann, Newton, OptaxSolver
+from solvers import (
+    CG,
+    GMRES,
+    LBFGS,
+    MINRES,
+    Chebyshev,
+    GradientDescent,
+    Jacobi,
+    JaxoptSolver,
+    Neumann,
+    Newton,
+    Nystrom,
+    NystromPreconditioner,
+    OptaxSolver,
+)
 from solvers.fields import Schedule, at_step
 from solvers.static_function import StaticFunction
 
@@ -31,6 +45,14 @@ from solvers.static_function import StaticFunction
         (JaxoptSolver, "tol", float("nan")),
         (CG, "max_steps", 0),
         (Newton, "max_steps", -3),
+        (MINRES, "rtol", -1.0),
+        (GMRES, "restart", 0),
+        (Chebyshev, "mu", 0.0),
+        (Chebyshev, "L", -1.0),
+        (Nystrom, "damping", 0.0),
+        (Nystrom, "rank", 0),
+        (NystromPreconditioner, "rank", 0),
+        (Jacobi, "num_probes", 0),
         (LBFGS, "memory", 0),
     ],
 )
@@ -62,6 +84,10 @@ def test_optax_solver_bounds_are_checked_too():
 def test_words_and_rules_that_mean_nothing_are_refused():
     with pytest.raises(ValueError, match=r"Neumann\(step=\.\.\.\).*'fast'"):
         Neumann(step="fast")
+    with pytest.raises(ValueError, match=r"Chebyshev\(mu=\.\.\.\).*'fast'"):
+        Chebyshev(mu="fast")
+    with pytest.raises(TypeError, match=r"CG\(preconditioner=\.\.\.\).*Jacobi'>"):
+        CG(preconditioner=Jacobi)
     with pytest.raises(ValueError, match=r"GradientDescent\(learning_rate=\.\.\.\).*'fast'"):
         GradientDescent(learning_rate="fast")
     with pytest.raises(ValueError, match=r"JaxoptSolver\(name=\.\.\.\).*'NoSuch'"):
