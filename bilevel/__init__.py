@@ -35,8 +35,10 @@ if TYPE_CHECKING:
         Neumann,
         Newton,
         OptaxSolver,
+        ProximalGradient,
         SolveInfo,
         Status,
+        prox,
     )
 
 __version__ = "0.1.0"
@@ -63,12 +65,14 @@ __all__ = [
     "OneStep",
     "OptaxSolver",
     "Problem",
+    "ProximalGradient",
     "Result",
     "RunState",
     "SolveInfo",
     "Status",
     "Unrolled",
     "hypergradient",
+    "prox",
     "run",
     "schedules",
     "transforms",

@@ -31,6 +31,9 @@ class Problem(eqx.Module):
         an initialisation, or that each solve starts afresh instead of from the last solution.
       inner_hvp: `(w, lam, batch, v) -> H v`, the Hessian-vector product of `inner` in w, where it is
         known in closed form; used instead of automatic differentiation.
+      inner_prox: `(v, step, lam) -> w`, the proximal operator of `step` times a nonsmooth term psi(w, lam)
+        of the inner problem (see `bilevel.prox`), or a projection on its constraints. `inner` is then the
+        smooth part alone: what is minimised is `inner + psi`.
       outer_projection: `lam -> lam`, applied after each outer step, on the natural scale.
 
     Raises TypeError or ValueError for losses that are not callable, data that are not numeric or empty,
@@ -49,6 +52,9 @@ class Problem(eqx.Module):
     inner_hvp: Callable[[Tree, Tree, Any, Tree], Tree] | None = eqx.field(
         static=True, default=None, kw_only=True
     )
+    inner_prox: Callable[[Tree, Array, Tree], Tree] | None = eqx.field(
+        static=True, default=None, kw_only=True
+    )
     outer_projection: Callable[[Tree], Tree] | None = eqx.field(
         static=True, default=None, kw_only=True
     )
@@ -60,7 +66,7 @@ class Problem(eqx.Module):
                     f"Problem({name}=...) must be a function (w, lam, batch) -> scalar, "
                     f"got {getattr(self, name)!r}."
                 )
-        for name in ("inner_init", "inner_hvp", "outer_projection"):
+        for name in ("inner_init", "inner_hvp", "inner_prox", "outer_projection"):
             value = getattr(self, name)
             if value is not None and not callable(value):
                 raise TypeError(f"Problem({name}=...) must be a function or None, got {value!r}.")
@@ -95,7 +101,7 @@ class Problem(eqx.Module):
             )
 
     def inner_objective(self, lam: Tree) -> Objective:
-        return Objective(self.inner, lam, self.inner_hvp)
+        return Objective(self.inner, lam, self.inner_hvp, self.inner_prox)
 
     def inner_sampler(self, key: Array) -> Sampler:
         size = self.batch_size[0]

@@ -12,8 +12,8 @@ from jax.core import Tracer
 
 from bilevel.problem import Problem
 from hypergrad import ENGINES, AbstractEngine, BilevelProblem
-from hypergrad.base import Solver
-from solvers import SOLVERS, AbstractInnerSolver
+from hypergrad.base import Solver, check_proximal, has_prox
+from solvers import SOLVERS, AbstractInnerSolver, ProximalGradient
 
 
 def variables(name: str, tree: Any) -> Any:
@@ -72,20 +72,28 @@ def engine(value: Any) -> AbstractEngine:
 
 def solver(value: Any, engine: AbstractEngine, problem: BilevelProblem) -> Solver:
     """An inner solver from its instance, registry name, a function of lam, or the engine's default."""
+    name = type(engine).__name__
+    nonsmooth = has_prox(problem)
+    if nonsmooth and not engine.proximal:
+        raise ValueError(
+            f"the problem has an inner_prox, but {name} is for smooth inner problems. Use the engine "
+            "Implicit or Unrolled."
+        )
     if value is None:
-        value = engine.default_solver()
+        value = ProximalGradient() if nonsmooth else engine.default_solver()
     if isinstance(value, str):
         if value.lower() not in SOLVERS:
             raise ValueError(f"solver must be one of {', '.join(SOLVERS)}, got {value!r}.")
         value = SOLVERS[value.lower()]()
-    name = type(engine).__name__
     if isinstance(value, AbstractInnerSolver):
+        if nonsmooth:
+            check_proximal(value)
         unrolls = name == "Unrolled"
         if unrolls and not value.unrollable:
             raise ValueError(
                 f"{name} differentiates through the inner solver's steps, and "
                 f"{type(value).__name__} has a line search that reverse mode cannot pass. Use "
-                "GradientDescent or OptaxSolver, or the engine Implicit."
+                "GradientDescent, ProximalGradient or OptaxSolver, or the engine Implicit."
             )
     elif not callable(value) or isinstance(value, type):
         raise TypeError(

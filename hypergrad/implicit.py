@@ -11,14 +11,18 @@ from hypergrad.base import (
     BilevelProblem,
     Hypergradient,
     Solver,
+    check_proximal,
+    has_prox,
     make_info,
     make_solver,
 )
 from hypergrad.derivatives import cross_vjp, gradient_and_hessian_product, outer_value_and_grads
-from solvers import CG, AbstractLinearSolver, tree
+from hypergrad.nonsmooth import fixed_point, margin, step_size
+from solvers import CG, AbstractLinearSolver, LinearInfo, Status, tree
 from solvers.fields import Number, number, static
 from solvers.loops import solve
-from solvers.types import Tree
+from solvers.status import where
+from solvers.types import MatVec, Tree
 
 
 class Implicit(AbstractEngine):
@@ -28,6 +32,11 @@ class Implicit(AbstractEngine):
     that act only through the inner solver (its start, its learning rate) have no implicit derivative
     and are refused. `damping > 0` gives the hypergradient of the proximal problem instead, a bias that
     `info.error_estimate` shows.
+
+    Where the problem has an `inner_prox`, the equation differentiated is the prox's fixed point (see
+    `hypergrad.nonsmooth`): the adjoint system is the Hessian restricted to the support, derivatives of the
+    prox come from the function given. `info.margin` is the distance from a kink; one below the inner
+    residual is MAX_STEPS, since the support is then not settled.
 
     The inner solver continues from the last `w` and state, the linear solver from the last adjoint.
     With a batch size, the adjoint system and the residual use one inner batch per outer step.
@@ -44,6 +53,7 @@ class Implicit(AbstractEngine):
     estimate: bool | None = static(None)
 
     needs_implicit = True
+    proximal = True
 
     def init(
         self, problem: BilevelProblem, solver: Solver, w: Tree, lam: Tree, key: Array
@@ -62,6 +72,8 @@ class Implicit(AbstractEngine):
         key: Array,
     ) -> tuple[Hypergradient, "_State"]:
         solver = make_solver(solver, lam)
+        if has_prox(problem):
+            check_proximal(solver)
         linear = CG() if self.linear_solver is None else self.linear_solver
         objective, sampler = problem.inner_objective(lam), problem.inner_sampler(key)
         batch = sampler(0)
@@ -70,22 +82,41 @@ class Implicit(AbstractEngine):
         w, inner_state, inner = solve(solver, objective, w, inner_state, sampler)
 
         value, c, grad_lam = outer_value_and_grads(problem, w, lam, problem.outer_batch(key))
-        residual, product = gradient_and_hessian_product(problem, w, lam, batch, self.damping)
         linear_key = jax.random.fold_in(key, 2)
-        prepared = linear.init(product, w, linear_key)
         warm = tree.where(tree.all_finite(state.adjoint), state.adjoint, tree.zeros_like(w))
-        q, adjoint = linear.solve(product, c, warm, prepared, linear_key)
-        grad = tree.sub(grad_lam, cross_vjp(problem, solver, w, lam, batch, q))
+
+        def solve_adjoint(product: MatVec, b: Tree) -> tuple[Tree, LinearInfo]:
+            prepared = linear.init(product, w, linear_key)
+            return linear.solve(product, b, warm, prepared, linear_key)
+
+        if has_prox(problem):
+            size = step_size(problem, w, lam, batch)
+            at = fixed_point(problem, w, lam, batch, size, self.damping)
+            q, adjoint = solve_adjoint(at.product, at.project(c))
+            u = at.adjoint(c, q)
+            grad = tree.add(grad_lam, at.pull_back(u))
+            correction = tree.vdot(u, at.defect)
+            distance = margin(problem, lam, at, linear_key).astype(inner.residual.dtype)
+            # Nearer to a kink than its own error: which side the solution is on is not known.
+            undecided = where(distance <= inner.residual, Status.MAX_STEPS)
+        else:
+            residual, product = gradient_and_hessian_product(problem, w, lam, batch, self.damping)
+            q, adjoint = solve_adjoint(product, c)
+            grad = tree.sub(grad_lam, cross_vjp(problem, solver, w, lam, batch, q))
+            correction = -tree.vdot(q, residual)
+            distance, undecided = None, jnp.int32(Status.OK)
 
         info = make_info(
             value,
             inner,
             grad,
             adjoint.status,
+            undecided,
             adjoint_residual=adjoint.residual,
             adjoint_steps=adjoint.num_steps,
             curvature=adjoint.curvature - jnp.asarray(self.damping, adjoint.curvature.dtype),
-            corrected_value=value - tree.vdot(q, residual).astype(value.dtype),
+            corrected_value=value + correction.astype(value.dtype),
+            margin=distance,
         )
         return Hypergradient(grad, w, info), _State(inner_state, q)
 

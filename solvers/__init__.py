@@ -1,5 +1,6 @@
 """The ground floor: one level. Minimise an objective, solve a linear system."""
 
+from solvers import prox
 from solvers.base import AbstractInnerSolver
 from solvers.gradient import GradientDescent
 from solvers.jaxopt_solver import JaxoptSolver
@@ -7,6 +8,7 @@ from solvers.lbfgs import LBFGS
 from solvers.linear import CG, AbstractLinearSolver, Dense, LinearInfo, Neumann
 from solvers.newton import Newton
 from solvers.optax_solver import OptaxSolver
+from solvers.proximal import ProximalGradient
 from solvers.status import Status
 from solvers.types import Objective, Sampler, SolveInfo
 
@@ -14,6 +16,7 @@ SOLVERS = {
     "gradientdescent": GradientDescent,
     "lbfgs": LBFGS,
     "newton": Newton,
+    "proximalgradient": ProximalGradient,
 }
 """Inner solvers that need no argument, by their registry name: the lower-case class name."""
 
@@ -31,7 +34,9 @@ __all__ = [
     "Newton",
     "Objective",
     "OptaxSolver",
+    "ProximalGradient",
     "Sampler",
     "SolveInfo",
     "Status",
+    "prox",
 ]

@@ -1,0 +1,70 @@
+"""How far a point is from a kink of a piecewise smooth map, such as a proximal operator."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from solvers import tree
+from solvers.types import Scalar, Tree
+
+_BEND = 0.01
+"""A map counts as bent where it leaves its tangent by this much of the distance."""
+
+
+def kink_distance(fn: Callable[[Tree], Tree], v: Tree, key: Array) -> Scalar:
+    """The smallest `t` at which `fn(v + t d)` leaves its tangent at `v`: by 1 % of `t` in some entry.
+
+    Six directions d of entries 1 and -1 are tried: that of the signs of `v` and two random ones, and
+    their opposites; so the distance is in the largest change of an entry. It is exact to 2 % for the soft
+    threshold and for boxes, where each entry has its own kinks and the signs of `v` lead to the
+    nearest; for a map that couples entries or is curved it is a probe, of the right order of magnitude.
+    0 where the map bends within rounding of `v`, infinity where no bend lies within a thousand times the
+    size of `v`.
+
+    Cost: at most 70 evaluations for each direction (they run side by side).
+    """
+    flat, unflatten = tree.flatten(v)
+    dtype, eps = flat.dtype, tree.epsilon(v)
+    random = jax.random.rademacher(key, (2, flat.size), dtype)
+    signs = jnp.where(flat < 0, -1, 1).astype(dtype)
+    forth = jnp.concatenate([signs[None], random])
+    size = jnp.max(jnp.abs(flat))
+    size = jnp.where(size > 0, size, jnp.ones_like(size))
+    shortest, longest = 1024 * eps * size, 1024 * size
+
+    def vector(x: Array) -> Array:
+        return tree.flatten(fn(unflatten(x)))[0]
+
+    start, tangent = jax.linearize(vector, flat)
+
+    def distance(direction: Array) -> Array:
+        slope = tangent(direction)
+
+        def bends(t: Array) -> Array:
+            return bent(vector(flat + t * direction) - start - t * slope, t)
+
+        def goes_on(t: Array) -> Array:
+            return ~bends(t) & (t < longest)
+
+        far = jax.lax.while_loop(goes_on, lambda t: 2 * t, shortest)
+
+        def halve(_: Array, ends: tuple[Array, Array]) -> tuple[Array, Array]:
+            low, high = ends
+            middle = (low + high) / 2
+            inside = bends(middle)
+            return jnp.where(inside, low, middle), jnp.where(inside, middle, high)
+
+        low, _ = jax.lax.fori_loop(0, 8, halve, (far / 2, far))
+        low = jnp.where(far > shortest, low, jnp.zeros_like(low))
+        return jnp.where(bends(far), low, jnp.full_like(low, jnp.inf))
+
+    return jnp.min(jax.vmap(distance)(jnp.concatenate([forth, -forth])))
+
+
+def bent(defect: Tree, distance: Scalar, rounding: Scalar | float = 0.0) -> Array:
+    """Whether a map left its tangent by `defect` over this distance."""
+    size = tree.max_abs(defect)
+    return size > np.asarray(_BEND, size.dtype) * distance + rounding
