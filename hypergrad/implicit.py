@@ -96,7 +96,7 @@ class Implicit(AbstractEngine):
             u = at.adjoint(c, q)
             grad = tree.add(grad_lam, at.pull_back(u))
             correction = tree.vdot(u, at.defect)
-            distance = margin(problem, lam, at, linear_key).astype(inner.residual.dtype)
+            distance = margin(problem, lam, at).astype(inner.residual.dtype)
             # Nearer to a kink than its own error: which side the solution is on is not known.
             undecided = where(distance <= inner.residual, Status.MAX_STEPS)
         else:

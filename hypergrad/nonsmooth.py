@@ -31,7 +31,7 @@ from hypergrad.base import BilevelProblem
 from solvers import tree
 from solvers.gradient import linearized_hvp
 from solvers.kinks import kink_distance
-from solvers.proximal import apply_prox, safe_step
+from solvers.proximal import apply_prox
 from solvers.types import MatVec, Scalar, Tree
 
 
@@ -113,15 +113,29 @@ def fixed_point(
 
 
 def step_size(problem: BilevelProblem, w: Tree, lam: Tree, batch: Any) -> Scalar:
-    """The step of the fixed point equation, no longer than the gradient map allows."""
-    return safe_step(problem.inner_objective(lam), w, batch)
+    """The step of the fixed-point equation: about 1/L, by ten power iterations.
+
+    Nothing rests on its value but the scale of `margin`.
+    """
+    _, hvp = linearized_hvp(problem.inner_objective(lam), w, batch)
+    flat, unflatten = tree.flatten(w)
+    start = jnp.cos(jnp.arange(flat.size, dtype=flat.dtype))
+
+    def iterate(_: Array, carry: tuple[Array, Scalar]) -> tuple[Array, Scalar]:
+        image = tree.flatten(hvp(unflatten(carry[0])))[0]
+        length = jnp.linalg.norm(image)
+        return image / jnp.where(length > 0, length, jnp.ones_like(length)), length
+
+    first = (start / jnp.linalg.norm(start), jnp.ones((), flat.dtype))
+    _, curvature = jax.lax.fori_loop(0, 10, iterate, first)
+    return jnp.where(curvature > 0, 1 / curvature, jnp.ones_like(curvature))
 
 
-def margin(problem: BilevelProblem, lam: Tree, at: FixedPoint, key: Array) -> Scalar:
+def margin(problem: BilevelProblem, lam: Tree, at: FixedPoint) -> Scalar:
     """Distance from v to a kink of the prox, over s: on the scale of the gradient; NaN where none was found.
 
     For an l1 penalty a, the smaller of `a - |dg/dw_j|` off the support and `|w_j| / s` on it.
     """
     objective = problem.inner_objective(lam)
-    distance = kink_distance(lambda x: apply_prox(objective, x, at.size), at.v, key)
+    distance = kink_distance(lambda x: apply_prox(objective, x, at.size), at.v)
     return jnp.where(jnp.isinf(distance), jnp.nan, distance) / at.size.astype(distance.dtype)
