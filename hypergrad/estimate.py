@@ -138,7 +138,7 @@ def assess_nonsmooth(
         # Whether the tangent of the prox here gives its value at the last point: no kink in between.
         back = tree.sub(carry.v, at.v)
         left = tree.sub(carry.mapped, tree.add(at.mapped, at.project(back)))
-        crossed = second & bent(left, tree.max_abs(back), 100 * eps * tree.max_abs(at.v))
+        crossed = second & bent(left, tree.max_abs(back), 0.01, 100 * eps * tree.max_abs(at.v))
         w_next = tree.where(second, carry.w, tree.add(carry.w, at.newton_step(x)))
         return _Newton(w_next, x, at.v, at.mapped, crossed), info
 

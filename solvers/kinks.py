@@ -4,23 +4,23 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 
 from solvers import tree
 from solvers.types import Scalar, Tree
 
-_BEND = 0.01
-"""A map counts as bent where it leaves its tangent by this much of the distance."""
+_BEND = 0.1
+"""A map counts as bent where it leaves its tangent by this share of the distance."""
 
 
 def kink_distance(fn: Callable[[Tree], Tree], v: Tree) -> Scalar:
-    """The smallest `t` at which `fn(v + t d)` leaves its tangent at `v`: by 1 % of `t` in some entry.
+    """The smallest `t` at which `fn(v + t d)` leaves its tangent at `v`: by a tenth of `t` in some entry.
 
     Six directions d of entries 1 and -1 are tried: that of the signs of `v`, two with no pattern, and
-    their opposites; so the distance is in the largest change of an entry. It is exact to 2 % for the soft
+    their opposites; so the distance is in the largest change of an entry. It is exact to 1 % for the soft
     threshold and for boxes, where each entry has its own kinks and the signs of `v` lead to the
-    nearest; for a map that couples entries or is curved it is a probe, of the right order of magnitude.
+    nearest; for a map that couples entries it is a probe, of the right order of magnitude, and for
+    a curved one at most a tenth of the radius of curvature.
     0 where the map bends within rounding of `v`, infinity where no bend lies within a thousand times the
     size of `v`.
 
@@ -45,7 +45,7 @@ def kink_distance(fn: Callable[[Tree], Tree], v: Tree) -> Scalar:
         slope = tangent(direction)
 
         def bends(t: Array) -> Array:
-            return bent(vector(flat + t * direction) - start - t * slope, t)
+            return bent(vector(flat + t * direction) - start - t * slope, t, _BEND)
 
         def goes_on(t: Array) -> Array:
             return ~bends(t) & (t < longest)
@@ -60,12 +60,12 @@ def kink_distance(fn: Callable[[Tree], Tree], v: Tree) -> Scalar:
 
         low, _ = jax.lax.fori_loop(0, 8, halve, (far / 2, far))
         low = jnp.where(far > shortest, low, jnp.zeros_like(low))
-        return jnp.where(bends(far), low, jnp.full_like(low, jnp.inf))
+        # Past a kink at k the map leaves its tangent by the jump of the slope (1, for these) times t - k.
+        return jnp.where(bends(far), (1 - _BEND) * low, jnp.full_like(low, jnp.inf))
 
     return jnp.min(jax.vmap(distance)(jnp.concatenate([forth, -forth])))
 
 
-def bent(defect: Tree, distance: Scalar, rounding: Scalar | float = 0.0) -> Array:
-    """Whether a map left its tangent by `defect` over this distance."""
-    size = tree.max_abs(defect)
-    return size > np.asarray(_BEND, size.dtype) * distance + rounding
+def bent(defect: Tree, distance: Scalar, share: float, rounding: Scalar | float = 0.0) -> Array:
+    """Whether `defect`, the way a map left its tangent, is more than this share of the distance."""
+    return tree.max_abs(defect) > share * distance + rounding

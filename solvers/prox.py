@@ -134,7 +134,7 @@ def _leafwise(fn: Callable[[Array, Array], Array], v: Tree, setting: Penalty) ->
     structure = jax.tree.structure(v)
     if jax.tree.structure(setting) == structure:
         return jax.tree.map(lambda x, a: fn(x, _like(a, x)), v, setting)
-    if jnp.ndim(setting) == 0:
+    if jax.tree.structure(setting) == jax.tree.structure(0) and jnp.ndim(setting) == 0:
         return jax.tree.map(lambda x: fn(x, _like(setting, x)), v)
     raise ValueError(
         f"a penalty must be a number or a tree like the variable, {structure}, "

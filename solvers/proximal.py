@@ -66,7 +66,9 @@ class ProximalGradient(AbstractInnerSolver):
         one = jnp.ones_like(step)
         zeros = tree.zeros_like(w)
         # The gradient "before" the first belongs to no point: the secant test skips a zero distance.
-        return _State(w, w, zeros, one, step, jnp.full_like(one, jnp.inf))
+        fixed = eqx.tree_at(lambda solver: solver.learning_rate, self, step)
+        residual = tree.norm(jax.lax.stop_gradient(fixed.optimality(objective, w, batch)))
+        return _State(w, w, zeros, one, step, residual)
 
     def _step(self, objective: ObjectiveFn, w: Tree, batch: Any) -> Scalar:
         if isinstance(self.learning_rate, str):
