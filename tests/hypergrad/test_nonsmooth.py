@@ -139,7 +139,11 @@ def test_a_support_that_is_not_settled_is_no_confident_number():
     """Loose tolerances: either the estimate says how wrong it is, or it is unknown."""
     case = NONSMOOTH["lasso"]
     call = lambda tol: bl.hypergradient(
-        problem_of(case), -2.5, jnp.asarray(case.w), solver=bl.ProximalGradient(tol=tol), throw=False
+        problem_of(case),
+        -2.5,
+        jnp.asarray(case.w),
+        solver=bl.ProximalGradient(tol=tol),
+        throw=False,
     )
     truth, unknown, errors = call(1e-13).grad, 0, []
     for tol in np.logspace(-0.5, -7, 14):
@@ -216,9 +220,7 @@ def test_keeps_float32(name):
     exact = bl.hypergradient(problem, as_arrays(case.lam), jnp.asarray(case.w), solver=SOLVER)
     single = lambda t: jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), t)
     rough = bl.hypergradient(
-        problem_of(
-            case, inner_data=single(case.inner_data), outer_data=single(case.outer_data)
-        ),
+        problem_of(case, inner_data=single(case.inner_data), outer_data=single(case.outer_data)),
         single(case.lam),
         single(case.w),
         solver=bl.ProximalGradient(max_steps=10_000, tol=1e-5),
@@ -310,9 +312,7 @@ def test_who_would_ignore_the_prox_is_refused():
             dataclasses.replace(problem, inner_prox=lambda v, step, lam: v[:3]), 0.1, w
         )
     with pytest.raises(ValueError, match="inner_prox must take"):
-        bl.hypergradient(
-            dataclasses.replace(problem, inner_prox=lambda v, lam: v), 0.1, w
-        )
+        bl.hypergradient(dataclasses.replace(problem, inner_prox=lambda v, lam: v), 0.1, w)
     with pytest.raises(TypeError, match="inner_prox"):
         bl.Problem(squares, squares, inner_prox=1.0)
 

@@ -14,7 +14,7 @@ DIM, STEP = 6, 0.8
 
 
 def norms(w, weights):
-    return sum(weight * np.linalg.norm(w[GROUPS == g]) for g, weight in enumerate(weights))
+    return sum(weight * np.linalg.norm(w[g == GROUPS]) for g, weight in enumerate(weights))
 
 
 # Each operator with its penalty psi, infinite outside of the constraints.
@@ -126,7 +126,9 @@ def test_trees_and_penalties_like_them():
         prox.group_lasso(jnp.zeros(DIM), 1.0, jnp.zeros(2), GROUPS)
 
 
-@pytest.mark.parametrize("v, expected", [([1.3, -0.2], 0.3), ([1.05, 4.0], 0.05), ([1.0, 3.0], 0.0)])
+@pytest.mark.parametrize(
+    "v, expected", [([1.3, -0.2], 0.3), ([1.05, 4.0], 0.05), ([1.0, 3.0], 0.0)]
+)
 def test_distance_to_a_kink_of_the_soft_threshold(v, expected):
     found = kink_distance(lambda v: prox.l1(v, 1.0, 1.0), jnp.array(v))
     np.testing.assert_allclose(found, expected, rtol=0.03, atol=1e-12)
