@@ -45,8 +45,10 @@ if TYPE_CHECKING:
         Nystrom,
         NystromPreconditioner,
         OptaxSolver,
+        ProximalGradient,
         SolveInfo,
         Status,
+        prox,
     )
 
 __version__ = "0.1.0"
@@ -85,6 +87,7 @@ __all__ = [
     "OneStep",
     "OptaxSolver",
     "Problem",
+    "ProximalGradient",
     "Result",
     "RunState",
     "SolveInfo",
@@ -93,6 +96,7 @@ __all__ = [
     "check",
     "glm",
     "hypergradient",
+    "prox",
     "run",
     "schedules",
     "transforms",

@@ -13,8 +13,8 @@ from bilevel import validation
 from bilevel.gradient import hypergradient
 from bilevel.tuning.output import table
 from hypergrad import ENGINES, AbstractEngine, BilevelProblem, Exact, Implicit
-from hypergrad.base import Solver
-from solvers import LBFGS, Status, tree
+from hypergrad.base import Solver, has_prox
+from solvers import LBFGS, ProximalGradient, Status, tree
 from solvers.status import explain
 from solvers.types import Tree
 
@@ -99,7 +99,8 @@ def check(
       step: length of the differences relative to `1 + ||lam||`; shortened so that no entry of `lam` moves by
         more than a tenth of itself.
 
-    The reference is the dense oracle where `w` has at most 1500 entries, else `Implicit`. It costs a few
+    The reference is the dense oracle where `w` has at most 1500 entries and the inner problem is smooth, else
+    `Implicit`. It costs a few
     hypergradients and five more inner solves; nothing here raises for a status that is not OK.
 
     Raises TypeError or ValueError for bad input.
@@ -117,13 +118,15 @@ def check(
         return hypergradient(problem, lam, w, solver=own, engine=engine, key=key, throw=False)
 
     implicit = solve(Implicit(), lam)
-    dense = tree.size(w) <= MAX_ORACLE
+    nonsmooth = has_prox(problem)
+    dense = tree.size(w) <= MAX_ORACLE and not nonsmooth
     reference = solve(Exact(), lam) if dense else implicit
     size = float(tree.norm(reference.grad))
     direction = tree.scale(1 / max(size, 1e-300), reference.grad)
 
     def value(lam: Tree) -> float:
-        h = hypergradient(problem, lam, w, solver=LBFGS(max_steps=1000), key=key, throw=False)
+        long = ProximalGradient(max_steps=10_000) if nonsmooth else LBFGS(max_steps=1000)
+        h = hypergradient(problem, lam, w, solver=long, key=key, throw=False)
         return float(h.info.corrected_value)
 
     difference, error = _difference(value, lam, direction, step)

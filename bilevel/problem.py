@@ -34,6 +34,9 @@ class Problem(eqx.Module):
         known in closed form; used instead of automatic differentiation.
       constants: `bilevel.Constants`, or `(w, lam, inner_batch, outer_batch) -> Constants`, where they are
         known: a hypergradient of `Implicit` then comes with a certified error bound.
+      inner_prox: `(v, step, lam) -> w`, the proximal operator of `step` times a nonsmooth term psi(w, lam)
+        of the inner problem (see `bilevel.prox`), or a projection on its constraints. `inner` is then the
+        smooth part alone: what is minimised is `inner + psi`.
       outer_projection: `lam -> lam`, applied after each outer step, on the natural scale.
 
     Raises TypeError or ValueError for losses that are not callable, data that are not numeric or empty,
@@ -53,6 +56,9 @@ class Problem(eqx.Module):
         static=True, default=None, kw_only=True
     )
     constants: Any = eqx.field(default=None, kw_only=True)
+    inner_prox: Callable[[Tree, Array, Tree], Tree] | None = eqx.field(
+        static=True, default=None, kw_only=True
+    )
     outer_projection: Callable[[Tree], Tree] | None = eqx.field(
         static=True, default=None, kw_only=True
     )
@@ -64,7 +70,7 @@ class Problem(eqx.Module):
                     f"Problem({name}=...) must be a function (w, lam, batch) -> scalar, "
                     f"got {getattr(self, name)!r}."
                 )
-        for name in ("inner_init", "inner_hvp", "outer_projection"):
+        for name in ("inner_init", "inner_hvp", "inner_prox", "outer_projection"):
             value = getattr(self, name)
             if value is not None and not callable(value):
                 raise TypeError(f"Problem({name}=...) must be a function or None, got {value!r}.")
@@ -100,7 +106,7 @@ class Problem(eqx.Module):
             )
 
     def inner_objective(self, lam: Tree) -> Objective:
-        return Objective(self.inner, lam, self.inner_hvp)
+        return Objective(self.inner, lam, self.inner_hvp, self.inner_prox)
 
     def inner_sampler(self, key: Array) -> Sampler:
         size = self.batch_size[0]

@@ -12,8 +12,9 @@ from jax.core import Tracer
 
 from bilevel.problem import Problem
 from hypergrad import ENGINES, AbstractEngine, BilevelProblem
-from hypergrad.base import Solver
-from solvers import SOLVERS, AbstractInnerSolver
+from hypergrad.base import Solver, check_proximal, has_prox
+from solvers import SOLVERS, AbstractInnerSolver, ProximalGradient
+from solvers.tree import accumulation_dtype
 
 
 def variables(name: str, tree: Any) -> Any:
@@ -72,20 +73,30 @@ def engine(value: Any) -> AbstractEngine:
 
 def solver(value: Any, engine: AbstractEngine, problem: BilevelProblem) -> Solver:
     """An inner solver from its instance, registry name, a function of lam, or the engine's default."""
+    name = type(engine).__name__
+    nonsmooth = has_prox(problem)
+    if nonsmooth and not engine.proximal:
+        raise ValueError(
+            f"the problem has an inner_prox, but {name} is for smooth inner problems. Use the engine "
+            "Implicit or Unrolled."
+        )
     if value is None:
         value = engine.default_solver()
+        if nonsmooth:  # cheap steps, and many of them, where none is stored
+            value = ProximalGradient(max_steps=10_000 if engine.needs_implicit else 1000)
     if isinstance(value, str):
         if value.lower() not in SOLVERS:
             raise ValueError(f"solver must be one of {', '.join(SOLVERS)}, got {value!r}.")
         value = SOLVERS[value.lower()]()
-    name = type(engine).__name__
     if isinstance(value, AbstractInnerSolver):
+        if nonsmooth:
+            check_proximal(value)
         unrolls = name == "Unrolled"
         if unrolls and not value.unrollable:
             raise ValueError(
                 f"{name} differentiates through the inner solver's steps, and "
                 f"{type(value).__name__} has a line search that reverse mode cannot pass. Use "
-                "GradientDescent or OptaxSolver, or the engine Implicit."
+                "GradientDescent, ProximalGradient or OptaxSolver, or the engine Implicit."
             )
     elif not callable(value) or isinstance(value, type):
         raise TypeError(
@@ -126,6 +137,10 @@ def losses(problem: BilevelProblem, w: Any, lam: Any) -> None:
         leaves, treedef = jax.tree.flatten((w, lam, batch))
         shapes = tuple((leaf.shape, str(leaf.dtype)) for leaf in leaves)
         _check_loss(getattr(problem, name), name, treedef, shapes)
+    if has_prox(problem):
+        leaves, treedef = jax.tree.flatten((w, lam))
+        shapes = tuple((leaf.shape, str(leaf.dtype)) for leaf in leaves)
+        _check_prox(problem.inner_prox, treedef, shapes)  # type: ignore[attr-defined]
 
 
 @functools.lru_cache(maxsize=256)
@@ -149,6 +164,25 @@ def _check_loss(loss: Any, name: str, treedef: Any, shapes: tuple[Any, ...]) -> 
     if not scalar or not jnp.issubdtype(result.dtype, jnp.floating):
         raise ValueError(
             f"the {name} loss must return a floating-point scalar, got {_describe(result)}."
+        )
+
+
+@functools.lru_cache(maxsize=256)
+def _check_prox(prox: Any, treedef: Any, shapes: tuple[Any, ...]) -> None:
+    structs = [jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)) for shape, dtype in shapes]
+    w, lam = jax.tree.unflatten(treedef, structs)
+    step = jax.ShapeDtypeStruct((), accumulation_dtype(w))
+    try:
+        result = jax.eval_shape(prox, w, step, lam)
+    except Exception as error:
+        raise ValueError(
+            f"inner_prox must take (v, step, lam), with v like w; it failed on v {_describe(w)}, lam "
+            f"{_describe(lam)}: {type(error).__name__}: {error}"
+        ) from error
+    same = lambda s: jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), s)
+    if same(result) != same(w):
+        raise ValueError(
+            f"inner_prox must return what is like w, {_describe(w)}, got {_describe(result)}."
         )
 
 

@@ -65,6 +65,9 @@ class HypergradInfo(NamedTuple):
     """The outer value at the inner solution, to second order in the inner error; NaN = unknown."""
     damping: Array
     """What was added to the diagonal of the inner Hessian: above zero, `grad` is biased by it."""
+    margin: Array
+    """Distance of the inner solution from a kink of the inner prox, on the scale of the inner gradient; NaN
+    where no kink was found, or there is no prox."""
     status: Array
     """A `Status`, int32: the worst of the solves behind this hypergradient."""
 
@@ -88,6 +91,8 @@ class AbstractEngine(Settings):
 
     estimates: ClassVar[bool] = True
     """Whether the driver asks for the error estimate by default (it costs Hessian-vector products)."""
+    proximal: ClassVar[bool] = False
+    """Whether inner problems with a prox are differentiated right."""
     needs_implicit: ClassVar[bool] = False
     """Whether the derivative ignores how the inner solver got there (its start and its settings)."""
 
@@ -111,6 +116,19 @@ class AbstractEngine(Settings):
         return LBFGS(max_steps=100)
 
 
+def has_prox(problem: BilevelProblem) -> bool:
+    return getattr(problem, "inner_prox", None) is not None
+
+
+def check_proximal(solver: AbstractInnerSolver) -> None:
+    """Raises ValueError for a solver that would ignore the problem's prox."""
+    if not solver.proximal:
+        raise ValueError(
+            f"the problem has an inner_prox, which {type(solver).__name__} would ignore. Use "
+            "ProximalGradient."
+        )
+
+
 def make_solver(solver: Solver, lam: Tree) -> AbstractInnerSolver:
     """The inner solver at this outer variable."""
     return solver if isinstance(solver, AbstractInnerSolver) else solver(lam)
@@ -130,6 +148,7 @@ def make_info(
     curvature: Array | None = None,
     corrected_value: Array | None = None,
     damping: Array | float = 0.0,
+    margin: Array | None = None,
 ) -> HypergradInfo:
     """The report, with the worst status of all parts and of what is not finite."""
     nan = jnp.full((), jnp.nan, inner.residual.dtype)
@@ -144,5 +163,6 @@ def make_info(
         bound=nan,
         corrected_value=nan if corrected_value is None else corrected_value,
         damping=jnp.asarray(damping, nan.dtype),
+        margin=nan if margin is None else margin,
         status=combine(inner.status, broken, *statuses),
     )

@@ -6,11 +6,20 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from hypergrad.base import AbstractEngine, BilevelProblem, Hypergradient, Solver, make_solver
+from hypergrad.base import (
+    AbstractEngine,
+    BilevelProblem,
+    Hypergradient,
+    Solver,
+    has_prox,
+    make_solver,
+)
 from hypergrad.certificate import Constants, error_bound
 from hypergrad.derivatives import cross_vjp, outer_value_and_grads
+from hypergrad.nonsmooth import fixed_point, step_size
 from solvers import CG, AbstractInnerSolver, LinearInfo, Status, tree
 from solvers.fields import Number
+from solvers.kinks import bent
 from solvers.linear.spectrum import ritz_values
 from solvers.loops import rounding_level
 from solvers.status import combine, where
@@ -69,7 +78,7 @@ def with_estimate(
     if adjoint is not None:
         status = jnp.where(info.damping == 0, combine(status, found.status), status)
     constants = getattr(problem, "constants", None)
-    if constants is not None and adjoint is not None:
+    if constants is not None and adjoint is not None and not has_prox(problem):
         if not isinstance(constants, Constants):
             constants = constants(h.w, lam, *batches)
         bound = error_bound(problem, solver, lam, h, adjoint, *batches, constants)
@@ -112,15 +121,21 @@ def assess(
     wrong `inner_hvp` or a diverging series shows here. A Lanczos probe from a random start looks for
     negative curvature that the right-hand sides do not excite (none where `key` is None).
 
+    With an `inner_prox` both equations are those of `hypergrad.nonsmooth`. Where the Newton step of the inner
+    one meets a kink of the prox, the error is unknown (NaN) and the status MAX_STEPS.
+
     Source: dual-weighted residuals, Becker and Rannacher 2001; checked against dense references.
     """
+    if has_prox(problem):
+        return assess_nonsmooth(
+            problem, lam, hypergradient, inner_batch, outer_batch, key, adjoint, rtol
+        )
     w, grad = hypergradient.w, hypergradient.grad
     objective = problem.inner_objective(lam)
     gradient = lambda u: jax.grad(objective)(u, inner_batch)
     residual, hvp = jax.linearize(gradient, w)
 
-    size = tree.norm(grad)
-    dtype, eps = size.dtype, tree.epsilon(w)
+    dtype, eps = tree.norm(grad).dtype, tree.epsilon(w)
     q = tree.zeros_like(w) if adjoint is None else adjoint
     tight = 1e-10 if eps < 1e-10 else 1e-5
     rtol = jnp.asarray(tight if adjoint is None else rtol, dtype)
@@ -152,20 +167,93 @@ def assess(
     value = hypergradient.info.outer_value
     corrected = value - tree.vdot(q_plus, residual).astype(value.dtype)
 
-    tiny = jnp.finfo(dtype).tiny ** 0.5
+    ritz = None if key is None else ritz_values(hvp, w, key)
+    return _verdict(better, grad, corrected, both, ritz, jnp.asarray(False), eps)
+
+
+def assess_nonsmooth(
+    problem: BilevelProblem,
+    lam: Tree,
+    hypergradient: Hypergradient,
+    inner_batch: Any,
+    outer_batch: Any,
+    key: Array | None,
+    adjoint: Tree | None,
+    rtol: Number,
+) -> Assessment:
+    """`assess` for an inner problem with a prox: a semismooth Newton step on its fixed-point equation.
+
+    `adjoint` solves the symmetric system of `hypergrad.nonsmooth`.
+    """
+    w, grad = hypergradient.w, hypergradient.grad
+    eps = tree.epsilon(w)
+    size = step_size(problem, w, lam, inner_batch)
+    first = fixed_point(problem, w, lam, inner_batch, size)
+    ritz = None if key is None else ritz_values(first.probe, w, key)
+    y = tree.zeros_like(w) if adjoint is None else adjoint
+    tight = 1e-10 if eps < 1e-10 else 1e-5
+    rtol = jnp.asarray(tight if adjoint is None else rtol, size.dtype)
+    rounding = (rounding_level(hypergradient.info.inner.value, w) * size).astype(size.dtype)
+
+    def correct(carry: _Newton, second: Array) -> tuple[_Newton, LinearInfo]:
+        at = fixed_point(problem, carry.w, lam, inner_batch, size)
+        _, c, _ = outer_value_and_grads(problem, carry.w, lam, outer_batch)
+        b = at.project(tree.where(second, c, at.newton_rhs()))
+        b = tree.axpy(-second.astype(size.dtype), at.product(y), b)
+        floor = jnp.where(second, 10 * eps * tree.norm(c).astype(size.dtype), rounding)
+        x, info = CG(rtol=rtol, atol=floor).solve(
+            at.product, b, tree.zeros_like(w), None, jax.random.key(0)
+        )
+        # Whether the tangent of the prox here gives its value at the last point: no kink in between.
+        back = tree.sub(carry.v, at.v)
+        left = tree.sub(carry.mapped, tree.add(at.mapped, at.project(back)))
+        crossed = second & bent(left, tree.max_abs(back), 0.01, 100 * eps * tree.max_abs(at.v))
+        w_next = tree.where(second, carry.w, tree.add(carry.w, at.newton_step(x)))
+        return _Newton(w_next, x, at.v, at.mapped, crossed), info
+
+    begin = _Newton(w, y, w, w, jnp.asarray(False))
+    last, both = jax.lax.scan(correct, begin, jnp.array([False, True]))
+    at = fixed_point(problem, last.w, lam, inner_batch, size)
+    _, c, grad_lam = outer_value_and_grads(problem, last.w, lam, outer_batch)
+    u = at.adjoint(c, tree.add(y, last.x))
+    better = tree.add(grad_lam, at.pull_back(u))
+    value = hypergradient.info.outer_value
+    corrected = value + tree.vdot(u, first.defect).astype(value.dtype)
+    return _verdict(better, grad, corrected, both, ritz, last.crossed, eps)
+
+
+class _Newton(NamedTuple):
+    w: Tree
+    x: Tree  # the last system's solution
+    v: Tree  # where the prox was taken last
+    mapped: Tree  # and its value
+    crossed: Array  # whether a kink lies between the two points
+
+
+def _verdict(
+    better: Tree,
+    grad: Tree,
+    corrected: Array,
+    both: LinearInfo,
+    ritz: Array | None,
+    crossed: Array,
+    eps: float,
+) -> Assessment:
+    size = tree.norm(grad)
+    tiny = jnp.finfo(size.dtype).tiny ** 0.5
     error = tree.norm(tree.sub(better, grad)) / jnp.maximum(size, tiny)
     # Nothing is known below the rounding level of the two gradients that are compared.
     error = jnp.maximum(error, 10 * tree.epsilon(grad))
     curvature = jnp.fmin(both.curvature[0], both.curvature[1])
     code = combine(*both.status)
-    if key is not None:
-        ritz = ritz_values(hvp, w, key)
+    if ritz is not None:
         indefinite = ritz[0] < -100 * eps * jnp.max(jnp.abs(ritz))
         code = combine(code, where(indefinite, Status.INDEFINITE))
         curvature = jnp.fmin(curvature, ritz[0])
     # A budget that ran out makes the estimate unknown, not the hypergradient wrong.
-    failed = code != Status.OK
+    failed = (code != Status.OK) | crossed
     code = jnp.where(code == Status.MAX_STEPS, jnp.int32(Status.OK), code)
+    code = combine(code, where(crossed, Status.MAX_STEPS))
     nan = lambda x: jnp.where(failed, jnp.nan, x)
     num_steps = jnp.sum(both.num_steps, dtype=jnp.int32) + 2
     return Assessment(better, nan(corrected), nan(error), curvature, num_steps, code)

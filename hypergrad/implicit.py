@@ -11,12 +11,15 @@ from hypergrad.base import (
     BilevelProblem,
     Hypergradient,
     Solver,
+    check_proximal,
+    has_prox,
     make_info,
     make_solver,
 )
 from hypergrad.derivatives import cross_vjp, outer_value_and_grads
 from hypergrad.estimate import with_estimate
-from solvers import CG, AbstractLinearSolver, Status, status, tree
+from hypergrad.nonsmooth import fixed_point, margin, step_size
+from solvers import CG, AbstractLinearSolver, LinearInfo, Status, status, tree
 from solvers.fields import Number, cast, number, static
 from solvers.gradient import linearized_hvp
 from solvers.linear.spectrum import ritz_values
@@ -44,6 +47,11 @@ class Implicit(AbstractEngine):
     is quadratic in that of the plain one, at each step. `info.error_estimate` is still the plain one's.
     `refine_rtol` is how exactly the correction is solved for, relative to itself.
 
+    Where the problem has an `inner_prox`, the equation differentiated is the prox's fixed point (see
+    `hypergrad.nonsmooth`): the adjoint system is the Hessian restricted to the support, derivatives of the
+    prox come from the function given. `info.margin` is the distance from a kink; one below the inner
+    residual is MAX_STEPS, since the support is then not settled.
+
     The inner solver continues from the last `w` and state, the linear solver from the last adjoint.
     With a batch size, the adjoint system and the residual use one inner batch per outer step.
 
@@ -61,6 +69,7 @@ class Implicit(AbstractEngine):
     refine_rtol: Number = number(1e-3, low=0.0)
 
     needs_implicit = True
+    proximal = True
 
     def __check_init__(self) -> None:
         if isinstance(self.damping, str) and self.damping != "auto":
@@ -85,6 +94,8 @@ class Implicit(AbstractEngine):
         key: Array,
     ) -> tuple[Hypergradient, "_State"]:
         solver = make_solver(solver, lam)
+        if has_prox(problem):
+            check_proximal(solver)
         linear = CG() if self.linear_solver is None else self.linear_solver
         objective, sampler = problem.inner_objective(lam), problem.inner_sampler(key)
         batch = sampler(0)
@@ -96,11 +107,27 @@ class Implicit(AbstractEngine):
         residual, hvp = linearized_hvp(objective, w, batch)
         linear_key = jax.random.fold_in(key, 2)
         damping = self._damping(hvp, w, jax.random.fold_in(key, 4))
-        product: MatVec = lambda v: tree.axpy(damping, v, hvp(v))
-        prepared = linear.init(product, w, linear_key)
         warm = tree.where(tree.all_finite(state.adjoint), state.adjoint, tree.zeros_like(w))
-        q, adjoint = linear.solve(product, c, warm, prepared, linear_key)
-        grad = tree.sub(grad_lam, cross_vjp(problem, solver, w, lam, batch, q))
+
+        def solve_adjoint(product: MatVec, b: Tree) -> tuple[Tree, LinearInfo]:
+            prepared = linear.init(product, w, linear_key)
+            return linear.solve(product, b, warm, prepared, linear_key)
+
+        if has_prox(problem):
+            size = step_size(problem, w, lam, batch)
+            at = fixed_point(problem, w, lam, batch, size, damping)
+            q, adjoint = solve_adjoint(at.product, at.project(c))
+            u = at.adjoint(c, q)
+            grad = tree.add(grad_lam, at.pull_back(u))
+            correction = tree.vdot(u, at.defect)
+            distance = margin(problem, lam, at).astype(inner.residual.dtype)
+            # Nearer to a kink than its own error: which side the solution is on is not known.
+            undecided = status.where(distance <= inner.residual, Status.MAX_STEPS)
+        else:
+            q, adjoint = solve_adjoint(lambda v: tree.axpy(damping, v, hvp(v)), c)
+            grad = tree.sub(grad_lam, cross_vjp(problem, solver, w, lam, batch, q))
+            correction = -tree.vdot(q, residual)
+            distance, undecided = None, jnp.int32(Status.OK)
 
         # MINRES and GMRES solve an indefinite system without complaint, but its `w` is no minimiser.
         negative = adjoint.curvature < -100 * tree.epsilon(w) * adjoint.largest
@@ -110,11 +137,13 @@ class Implicit(AbstractEngine):
             grad,
             adjoint.status,
             status.where(negative, Status.INDEFINITE),
+            undecided,
             adjoint_residual=adjoint.residual,
             adjoint_steps=adjoint.num_steps,
             curvature=adjoint.curvature - damping.astype(adjoint.curvature.dtype),
-            corrected_value=value - tree.vdot(q, residual).astype(value.dtype),
+            corrected_value=value + correction.astype(value.dtype),
             damping=damping,
+            margin=distance,
         )
         h, state = Hypergradient(grad, w, info), _State(inner_state, q)
         if self.refine:

@@ -11,6 +11,8 @@ from hypergrad.base import (
     BilevelProblem,
     Hypergradient,
     Solver,
+    check_proximal,
+    has_prox,
     make_info,
     make_solver,
 )
@@ -42,6 +44,8 @@ class Unrolled(AbstractEngine):
     checkpoint: bool = static(True)
     estimate: bool | None = static(None)
 
+    proximal = True
+
     def init(self, problem: BilevelProblem, solver: Solver, w: Tree, lam: Tree, key: Array) -> None:
         return None
 
@@ -49,7 +53,10 @@ class Unrolled(AbstractEngine):
         self, problem: BilevelProblem, solver: Solver, w: Tree, lam: Tree, state: None, key: Array
     ) -> tuple[Hypergradient, None]:
         sampler, outer_batch = problem.inner_sampler(key), problem.outer_batch(key)
-        total = make_solver(solver, lam).max_steps
+        first_solver = make_solver(solver, lam)
+        if has_prox(problem):
+            check_proximal(first_solver)
+        total = first_solver.max_steps
         tail = total if self.truncate is None else min(self.truncate, total)
         head = total - tail
 

@@ -1,5 +1,6 @@
 """The ground floor: one level. Minimise an objective, solve a linear system."""
 
+from solvers import prox
 from solvers.base import AbstractInnerSolver
 from solvers.gradient import GradientDescent
 from solvers.jaxopt_solver import JaxoptSolver
@@ -20,6 +21,7 @@ from solvers.linear import (
 )
 from solvers.newton import Newton
 from solvers.optax_solver import OptaxSolver
+from solvers.proximal import ProximalGradient
 from solvers.status import Status
 from solvers.types import Objective, Sampler, SolveInfo
 
@@ -27,6 +29,7 @@ SOLVERS = {
     "gradientdescent": GradientDescent,
     "lbfgs": LBFGS,
     "newton": Newton,
+    "proximalgradient": ProximalGradient,
 }
 """Inner solvers that need no argument, by their registry name: the lower-case class name."""
 
@@ -51,7 +54,9 @@ __all__ = [
     "NystromPreconditioner",
     "Objective",
     "OptaxSolver",
+    "ProximalGradient",
     "Sampler",
     "SolveInfo",
     "Status",
+    "prox",
 ]

@@ -29,6 +29,9 @@ class AbstractInnerSolver(Settings):
     minibatches: ClassVar[bool] = True
     """Whether each step may see another batch; else one batch serves the whole solve."""
 
+    proximal: ClassVar[bool] = False
+    """Whether the objective's `prox`, where it has one, is part of what is minimised."""
+
     @abc.abstractmethod
     def init(self, objective: ObjectiveFn, w: Tree, batch: Any) -> Any:
         """The state before the first step from `w`."""
@@ -40,6 +43,10 @@ class AbstractInnerSolver(Settings):
     def restart(self, objective: ObjectiveFn, w: Tree, state: Any, batch: Any) -> Any:
         """The state for a new objective close to the last one; by default nothing is carried over."""
         return self.init(objective, w, batch)
+
+    def settled(self, state: Any) -> "AbstractInnerSolver":
+        """The solver with what `state` knows of its own settings (a step length), to judge its result."""
+        return self
 
     def optimality(self, objective: ObjectiveFn, w: Tree, batch: Any) -> Tree:
         """A map whose root is the answer; here the gradient, whose Jacobian is symmetric."""

@@ -37,7 +37,7 @@ def solve(
         # What `judge` takes for met ends the loop: steps below rounding cost much and gain nothing.
         stop = jnp.where(tol > 0, jnp.maximum(tol, 10 * tree.epsilon(w)), tol)
         w, state, num_steps = run_until(solver, objective, w, state, sampler(0), stop)
-    return w, state, judge(solver, objective, w, sampler(0), num_steps, tol)
+    return w, state, judge(solver.settled(state), objective, w, sampler(0), num_steps, tol)
 
 
 def rounding_level(value: Scalar, w: Tree) -> Scalar:

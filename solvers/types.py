@@ -25,11 +25,16 @@ class Objective(eqx.Module):
 
     `args` are array leaves, so one compiled solver serves all their values. `hvp(w, args, batch, v)`,
     where given, is the Hessian-vector product in `w`; it replaces automatic differentiation.
+
+    `prox(v, step, args) -> w`, where given, is the proximal operator of `step` times a nonsmooth part
+    that is minimised along with `fn`; calls give the smooth part alone.
     """
 
     fn: Callable[[Tree, Any, Any], Scalar] = eqx.field(static=True)
     args: Any = None
     hvp: Callable[[Tree, Any, Any, Tree], Tree] | None = eqx.field(static=True, default=None)
+
+    prox: Callable[[Tree, Any, Any], Tree] | None = eqx.field(static=True, default=None)
 
     def __call__(self, w: Tree, batch: Any) -> Scalar:
         return self.fn(w, self.args, batch)

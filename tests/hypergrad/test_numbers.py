@@ -41,6 +41,7 @@ NUMBERS |= {
     bl.Newton: {"tol": (1e-8, 1e-9)},
     bl.OptaxSolver: {"tol": (1e-8, 1e-9)},
     bl.JaxoptSolver: {"tol": (1e-8, 1e-9)},
+    bl.ProximalGradient: {"learning_rate": (0.3, 0.4), "tol": (1e-8, 1e-9)},
 }
 
 

@@ -14,6 +14,7 @@ from solvers import (
     Newton,
     Objective,
     OptaxSolver,
+    ProximalGradient,
     Sampler,
     Status,
 )
@@ -32,6 +33,10 @@ SOLVERS = {
     ),
     "lbfgs": lambda steps, tol: LBFGS(max_steps=steps, tol=tol),
     "newton": lambda steps, tol: Newton(max_steps=steps, tol=tol),
+    "fista": lambda steps, tol: ProximalGradient(max_steps=steps, tol=tol),
+    "prox_plain": lambda steps, tol: ProximalGradient(
+        steps, tol, learning_rate=1.0, accelerate=False
+    ),
     "optax": lambda steps, tol: OptaxSolver(optax.sgd(1.0, momentum=0.5), max_steps=steps, tol=tol),
     "jaxopt": lambda steps, tol: JaxoptSolver(
         "LBFGS", max_steps=steps, tol=tol, options={"linesearch": "zoom", "maxls": 10}
