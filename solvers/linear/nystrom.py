@@ -73,7 +73,7 @@ class NystromPreconditioner(AbstractPreconditioner):
     Damping needs no place in it, as the operator it approximates is the damped one. Approximate
     eigenvalues of rounding size (a rank below k) count as not there.
 
-    Cost: `rank` products once per operator; `4 rank` inner products of vectors per step; memory `rank`
+    Cost: `rank` products once per operator; `2 rank` inner products of vectors per step; memory `rank`
     vectors.
     Source: Frangella, Tropp and Udell 2021.
     """
