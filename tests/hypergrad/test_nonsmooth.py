@@ -159,7 +159,7 @@ def test_a_support_that_is_not_settled_is_no_confident_number():
     assert unknown > 1 and max(errors) > 1e-4
 
 
-@each
+@pytest.mark.parametrize("name", ["group lasso", "svr dual", "simplex"])
 def test_no_step_of_the_equation_changes_the_derivative(name):
     """The symmetric system solved by dense algebra, at three steps, against the transposed equation."""
     case = NONSMOOTH[name]
@@ -197,7 +197,9 @@ def test_no_step_of_the_equation_changes_the_derivative(name):
 def test_jit_vmap_and_state(name):
     case = NONSMOOTH[name]
     problem, lam, w = problem_of(case), as_arrays(case.lam), jnp.asarray(case.w)
-    one = lambda lam: bl.hypergradient(problem, lam, w, solver=SOLVER, throw=False).grad
+    engine = bl.Implicit(estimate=False)  # short to compile
+    settings = {"engine": engine, "solver": SOLVER, "throw": False}
+    one = lambda lam: bl.hypergradient(problem, lam, w, **settings).grad
     lams = jax.tree.map(lambda x: jnp.stack([x, x + 0.05]), lam)
     loop = [one(jax.tree.map(lambda x, i=i: x[i], lams)) for i in (0, 1)]
     both = jax.vmap(one)(lams)
@@ -206,14 +208,14 @@ def test_jit_vmap_and_state(name):
         np.testing.assert_allclose(flat(row), flat(loop[i]), rtol=1e-7, atol=1e-10)
     np.testing.assert_allclose(flat(jax.jit(one)(lam)), flat(loop[0]), rtol=1e-9)
 
-    engine, key = bl.Implicit(), jax.random.key(0)
+    key = jax.random.key(0)
     state = engine.init(problem, SOLVER, w, lam, key)
     after = jax.eval_shape(lambda s: engine.step(problem, SOLVER, w, lam, s, key)[1], state)
     shape = lambda t: jax.tree.map(lambda x: (x.shape, x.dtype, x.weak_type), t)
     assert shape(jax.eval_shape(lambda s: s, state)) == shape(after)
 
 
-@pytest.mark.parametrize("name", ["group lasso", "svr dual"])
+@pytest.mark.parametrize("name", ["group lasso"])
 def test_keeps_float32(name):
     case = NONSMOOTH[name]
     problem = problem_of(case)
@@ -257,23 +259,20 @@ def test_all_zero_solution_has_no_derivative_and_no_steps():
     assert float(h.grad) == 0 and not np.any(h.w) and int(h.info.adjoint_steps) == 0
 
 
-def test_a_problem_without_kinks_has_no_margin_and_the_smooth_hypergradient():
-    """Ridge, its penalty once as a prox and once in the loss."""
+def test_a_smooth_penalty_as_a_prox_gives_the_smooth_hypergradient():
+    """Ridge, its penalty as a prox."""
     case = NONSMOOTH["elastic net"]
     ridge = lambda v, step, lam: bl.prox.elastic_net(v, step, 0.0 * lam, lam)
     problem = bl.Problem(squares, squares, case.inner_data, case.outer_data, inner_prox=ridge)
-    smooth = bl.Problem(
-        lambda w, lam, batch: squares(w, lam, batch) + 0.5 * lam * w @ w,
-        squares,
-        case.inner_data,
-        case.outer_data,
-    )
-    w = jnp.asarray(case.w)
-    h = bl.hypergradient(problem, 0.3, w, solver=SOLVER)
-    assert h.info.status == bl.Status.OK
+    h = bl.hypergradient(problem, 0.3, jnp.asarray(case.w), solver=SOLVER)
+    X, y = case.inner_data.values()
+    V, z = case.outer_data.values()
+    H = X.T @ X / len(y) + 0.3 * np.eye(10)
+    w = np.linalg.solve(H, X.T @ y / len(y))
     np.testing.assert_allclose(
-        h.grad, bl.hypergradient(smooth, 0.3, w, solver=bl.Newton(tol=1e-12)).grad, rtol=1e-8
+        h.grad, -w @ np.linalg.solve(H, V.T @ (V @ w - z) / len(z)), rtol=1e-8
     )
+    assert np.isnan(float(h.info.margin))  # no kink in a penalty of zero
 
 
 @pytest.mark.parametrize("name", ["lasso"])

@@ -74,10 +74,6 @@ def _group(v, step, lam):
     return prox.group_lasso(v, step, jnp.exp(lam), GROUPS)
 
 
-def _sparse_group(v, step, lam):
-    return prox.sparse_group_lasso(v, step, jnp.exp(lam["l1"]), jnp.exp(lam["group"]), GROUPS)
-
-
 def _restricted(problem, w, free, curvature=0.0):
     """q on the free set, 0 elsewhere, for squares."""
     X, (V, y) = problem.inner_data["X"], problem.outer_data.values()
@@ -205,7 +201,6 @@ def _table():
     weights = -2.5 + 0.3 * np.sin(np.arange(10))
     elastic = {"l1": -2.5, "l2": -1.0}
     groups = -2.0 + 0.2 * np.sin(np.arange(5))
-    both = {"l1": -3.5, "group": -2.5}
     logs = (logistic, logistic, _l1)
     return {
         "lasso": Nonsmooth(squares, squares, _l1, *X, -2.5, w, _lasso_by_hand),
@@ -215,7 +210,6 @@ def _table():
             *logs, *cancer(), -3.0, np.zeros(30), _sparse_logistic_by_hand
         ),
         "group lasso": Nonsmooth(squares, squares, _group, *X, groups, w),
-        "sparse group lasso": Nonsmooth(squares, squares, _sparse_group, *X, both, w),
         "svm dual": _svm(),
         "svr dual": _svr(),
         "simplex": _simplex_qp(),
