@@ -331,3 +331,15 @@ def test_a_run_lowers_the_outer_loss_with_the_default_solver():
         transform=bl.transforms.Exp(),
     )
     assert result.best.outer_value < 0.9 * result.history.outer_value[0]
+
+
+def test_a_map_that_is_no_prox_is_no_confident_number():
+    """Its Jacobian is not symmetric, and its fixed point depends on the step."""
+    case = NONSMOOTH["lasso"]
+    skewed = jnp.eye(10) + 0.02 * jnp.triu(jnp.ones((10, 10)), 1)
+    problem = problem_of(
+        case, inner_prox=lambda v, step, lam: skewed @ case.inner_prox(v, step, lam)
+    )
+    solver = bl.ProximalGradient(max_steps=20_000, tol=1e-10)
+    h = bl.hypergradient(problem, -2.5, jnp.asarray(case.w), solver=solver, throw=False)
+    assert h.info.status != bl.Status.OK and np.isnan(float(h.info.error_estimate))
