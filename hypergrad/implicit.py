@@ -66,7 +66,7 @@ class Implicit(AbstractEngine):
     damping: Number | str = number(0.0, low=0.0)
     estimate: bool | None = static(None)
     refine: bool = static(False)
-    refine_rtol: Number = number(1e-3, low=0.0)
+    refine_rtol: float = static(1e-3)
 
     needs_implicit = True
     proximal = True
