@@ -1,6 +1,5 @@
 """Which engine and which inner solver a command uses."""
 
-import dataclasses
 from typing import Any
 
 import equinox as eqx
@@ -33,9 +32,10 @@ def is_double() -> bool:
     return jnp.zeros(()).dtype == jnp.float64
 
 
-def newton() -> bl.Newton:
+def newton(tol: float | None = None) -> bl.Newton:
     """Truncated Newton: with the cheap products of a linear model it needs few, long steps."""
-    return bl.Newton(max_steps=30, tol=1e-5 if is_double() else 1e-4)
+    default = 1e-5 if is_double() else 1e-4
+    return bl.Newton(max_steps=30, tol=default if tol is None else tol)
 
 
 def inner_solver(name: str) -> Any:
@@ -52,9 +52,9 @@ def check(result: bl.Result) -> bl.Result:
     return result
 
 
-def solve(problem: bl.Problem, lam: Any, w: Any) -> tuple[Any, Any]:
+def solve(problem: bl.Problem, lam: Any, w: Any, tol: float | None = None) -> tuple[Any, Any]:
     """Outer value and `w` of a converged inner solve, however an engine left it."""
-    return _solve(problem, newton(), jnp.asarray(lam, float), w)
+    return _solve(problem, newton(tol), jnp.asarray(lam, float), w)
 
 
 def solve_in_search(problem: bl.Problem, lam: Any, w: Any, tol: float | None) -> tuple[Any, Any]:
@@ -62,7 +62,7 @@ def solve_in_search(problem: bl.Problem, lam: Any, w: Any, tol: float | None) ->
 
     `tol` is of the inner solve, None as in the search.
     """
-    solver = newton() if tol is None else dataclasses.replace(newton(), tol=tol)
+    solver = newton(tol)
     # A solution of the adjoint system to its full size is none at all: zero, in no steps.
     engine = bl.Implicit(linear_solver=bl.CG(rtol=1.0))
     lam, key = jnp.asarray(lam, float), jax.random.key(0)

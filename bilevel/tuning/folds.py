@@ -111,7 +111,7 @@ class Folds:
                 best = w
         return values, best
 
-    def fit_part(self, part: int, penalty: Any) -> dict[str, np.ndarray]:
+    def fit_part(self, part: int, penalty: Any, tol: float | None = None) -> dict[str, np.ndarray]:
         """A fit on one training part (-1: all rows) alone, from zero: `coef` (d, C), `intercept` (C,).
 
         Nothing outside the part reaches it, not even the rounding or the number of steps of a joint
@@ -122,7 +122,7 @@ class Folds:
         batch = FoldBatch(self.X, **_stack([self._training[part]]), rule=rule)
         # The outer value is not wanted here.
         problem = bl.Problem(self.model.inner, self.model.outer, batch, batch)
-        _, w = engines.solve(problem, jnp.ones(1), self.start(1))
+        _, w = engines.solve(problem, jnp.ones(1), self.start(1), tol)
         # `models.coefficients` on the host.
         coef = (
             np.asarray(w["coef"])[0]
@@ -140,7 +140,7 @@ class Folds:
         outputs = np.eye(self.num_outputs)[y] if self.task == "softmax" else y[:, None]
         return penalties.relative_penalties(
             penalties.score_statistic(self.table.X[rows], outputs),
-            penalties.ridge_statistic(self.fit_part(part, penalty)["coef"]),
+            penalties.ridge_statistic(self.fit_part(part, penalty, tol=1e-4)["coef"]),
         )
 
 

@@ -77,7 +77,9 @@ class Objective:
         _check(int(h.info.status), h)
         self.w, self._last = h.w, (self._problem, point, h, self._state)
         self.records.append(record(h))
-        value = float(h.info.outer_value)
+        value, corrected = float(h.info.outer_value), float(h.info.corrected_value)
+        # To second order in the inner error, as the gradient's model of it is; NaN where there is none.
+        value = corrected if np.isfinite(corrected) else value
         if value < self.best[0]:
             self.best = (value, np.array(theta), h.w)
         self._bar.update(self.count, value, float(self.records[-1].grad_norm))
