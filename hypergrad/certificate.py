@@ -11,6 +11,9 @@ from hypergrad.derivatives import cross_vjp, outer_value_and_grads
 from solvers import AbstractInnerSolver, tree
 from solvers.types import Scalar, Tree
 
+MAX_DENSE = 2000
+"""Largest size of `lam` for which the norm of the cross derivative is computed."""
+
 
 class Constants(NamedTuple):
     """Constants of a problem, each a number or an array of shape (): upper bounds, but for the first.
@@ -30,7 +33,8 @@ class Constants(NamedTuple):
     outer_cross_lipschitz: Scalar | float
     """The same of dF/dlam; zero where F does not depend on lam."""
     cross_norm: Scalar | float | None = None
-    """`||C||` at the returned `w`; None computes it, at one derivative for each entry of lam."""
+    """`||C||` at the returned `w`; None computes it, at two derivatives for each entry of lam (at most
+    2000 of them; ValueError beyond)."""
 
 
 def error_bound(
@@ -76,11 +80,16 @@ def error_bound(
 def _cross_norm(
     problem: BilevelProblem, solver: AbstractInnerSolver, w: Tree, lam: Tree, batch: Tree
 ) -> Scalar:
-    """`||C||`: the largest singular value of the dense matrix, by its smaller Gram matrix."""
+    """`||C||`: the root of the largest eigenvalue of the dense C C', (p, p)."""
+    flat_lam, _ = tree.flatten(lam)
+    if flat_lam.size > MAX_DENSE:
+        raise ValueError(
+            f"the certified bound would need a dense matrix of {flat_lam.size} squared: declare "
+            "Constants(cross_norm=...), an upper bound of the norm of d2g/dlam dw."
+        )
     flat_w, to_w = tree.flatten(w)
     row = lambda q: tree.flatten(cross_vjp(problem, solver, w, lam, batch, to_w(q)))[0]
     transposed = jax.linear_transpose(row, flat_w)
-    flat_lam, _ = tree.flatten(lam)
 
     def gram(v: Array) -> Array:
         return row(transposed(v)[0])

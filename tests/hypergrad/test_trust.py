@@ -131,6 +131,14 @@ def test_bound_knows_the_norm_of_the_cross_derivative(seed):
     np.testing.assert_allclose(bounds[0], bounds[1], rtol=1e-6)
 
 
+def test_the_norm_of_a_large_cross_derivative_is_not_computed():
+    inner = lambda w, lam, batch: 0.5 * jnp.sum((w - lam) ** 2)
+    outer = lambda w, lam, batch: 0.5 * jnp.sum(w**2)
+    problem = bl.Problem(inner, outer, constants=bl.Constants(1.0, 0.0, 0.0, 1.0, 0.0))
+    with pytest.raises(ValueError, match="cross_norm"):
+        bl.hypergradient(problem, jnp.zeros(2001), jnp.zeros(2001))
+
+
 def test_bad_constants_are_refused():
     case = problems.make("quadratic", 0)
     with pytest.raises(TypeError, match="Constants"):
