@@ -222,8 +222,8 @@ def _chunk(
         h, engine_state = engine_at(state)
         buffer = jax.tree.map(lambda rows, row: rows.at[taken].set(row), buffer, record(h))
         good = h.info.status <= Status.MAX_STEPS
-        lam, outer_state = _outer_step(problem, rule, scales, state, h)
-        value = h.info.outer_value.astype(state.best.outer_value.dtype)
+        lam, outer_state, value = _outer_step(problem, rule, scales, state, h)
+        value = value.astype(state.best.outer_value.dtype)
         better = good & (value < state.best.outer_value)
         best = tree.where(better, Best(state.lam, h.w, value, state.step), state.best)
         worst = jnp.where(good, state.worst, h.info.status)
@@ -259,8 +259,13 @@ def _chunk(
     return state, buffer, taken
 
 
-def _outer_step(problem, rule, scales, state: RunState, h: Hypergradient) -> tuple[Tree, Any]:
-    """One step of the outer rule on the unconstrained scale, then the projection on the natural one."""
+def _outer_step(
+    problem, rule, scales, state: RunState, h: Hypergradient
+) -> tuple[Tree, Any, Array]:
+    """One step of the outer rule on the unconstrained scale, then the projection on the natural one.
+
+    Also the value to compare points by: of an outer method, corrected and infinite where it did not accept.
+    """
     u = transforms.inverse(scales, state.lam)
     _, pull_back = jax.vjp(lambda u: transforms.forward(scales, u), u)
     grad = pull_back(h.grad)[0]
@@ -271,11 +276,14 @@ def _outer_step(problem, rule, scales, state: RunState, h: Hypergradient) -> tup
         at = Evaluation(flat, tree.flatten(grad)[0], *numbers)
         flat, outer_state = rule.update(at, state.outer)
         u = unflatten(flat)
+        accepted = jnp.all(rule.point(outer_state) == at.u)
+        value = jnp.where(accepted, at.corrected, jnp.inf)
     else:
         u, outer_state = optax_update(rule, grad, state.outer, u)
+        value = h.info.outer_value
     lam = transforms.forward(scales, u)
     projection = getattr(problem, "outer_projection", None)
-    return (lam if projection is None else projection(lam)), outer_state
+    return (lam if projection is None else projection(lam)), outer_state, value
 
 
 @eqx.filter_jit

@@ -42,7 +42,10 @@ class History(NamedTuple):
 
 
 class Best(NamedTuple):
-    """The step with the smallest outer value so far: the pair that attained it."""
+    """The step with the smallest outer value so far: the pair that attained it.
+
+    With an outer method, of the points it accepted, and corrected to second order.
+    """
 
     lam: Tree
     w: Tree

@@ -114,6 +114,7 @@ def test_accepted_values_fall_and_long_steps_are_shortened(quadratic):
     assert max(seen) > 1
     assert (np.diff(values) < 1e-6 * values[0]).all()
     assert gap(result.lam) < 1e-2 * gap(np.ones(SIZE))
+    assert float(result.best.outer_value) == min(values)  # of accepted points, corrected
 
 
 def test_positive_penalties_on_the_log_scale(seed):
