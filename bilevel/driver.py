@@ -266,24 +266,29 @@ def _outer_step(
 
     Also the value to compare points by: of an outer method, corrected and infinite where it did not accept.
     """
+    project_natural = getattr(problem, "outer_projection", None) or (lambda lam: lam)
     u = transforms.inverse(scales, state.lam)
     _, pull_back = jax.vjp(lambda u: transforms.forward(scales, u), u)
     grad = pull_back(h.grad)[0]
     if isinstance(rule, OuterMethod):
         flat, unflatten = tree.flatten(u)
-        numbers = (h.info.error_estimate, h.info.outer_value, h.info.corrected_value)
-        numbers = (x.astype(flat.dtype) for x in numbers)
-        at = Evaluation(flat, tree.flatten(grad)[0], *numbers)
-        flat, outer_state = rule.update(at, state.outer)
+        info = h.info
+        numbers = (info.error_estimate, info.outer_value, info.corrected_value)
+        error, raw, corrected = (x.astype(flat.dtype) for x in numbers)
+        at = Evaluation(flat, tree.flatten(grad)[0], error, raw, corrected)
+
+        def project(flat: Array) -> Array:
+            lam = project_natural(transforms.forward(scales, unflatten(flat)))
+            return tree.flatten(transforms.inverse(scales, lam))[0]
+
+        flat, outer_state = rule.update(at, state.outer, project)
         u = unflatten(flat)
         accepted = jnp.all(rule.point(outer_state) == at.u)
         value = jnp.where(accepted, at.corrected, jnp.inf)
     else:
         u, outer_state = optax_update(rule, grad, state.outer, u)
         value = h.info.outer_value
-    lam = transforms.forward(scales, u)
-    projection = getattr(problem, "outer_projection", None)
-    return (lam if projection is None else projection(lam)), outer_state, value
+    return project_natural(transforms.forward(scales, u)), outer_state, value
 
 
 @eqx.filter_jit

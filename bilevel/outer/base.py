@@ -2,6 +2,7 @@
 
 import abc
 import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -48,8 +49,10 @@ class OuterMethod(Settings):
         """The last good point, (p,): what a run returns."""
 
     @abc.abstractmethod
-    def update(self, at: Evaluation, state: Any) -> tuple[Array, Any]:
-        """Where the next evaluation is, (p,), and the state."""
+    def update(
+        self, at: Evaluation, state: Any, project: Callable[[Array], Array]
+    ) -> tuple[Array, Any]:
+        """Where the next evaluation is, (p,), and the state. `project` will be applied to the former."""
 
 
 def check(problem: Any, solver: Any, engine: AbstractEngine) -> None:

@@ -1,5 +1,6 @@
 """HOAG: inexact hypergradient descent with tolerances that fall by a schedule."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -42,7 +43,9 @@ class HOAG(OuterMethod):
     def point(self, state: "_State") -> Array:
         return state.u
 
-    def update(self, at: Evaluation, state: "_State") -> tuple[Array, "_State"]:
+    def update(
+        self, at: Evaluation, state: "_State", project: Callable[[Array], Array]
+    ) -> tuple[Array, "_State"]:
         eps, _ = self.accuracy(state)
         size = jnp.linalg.norm(at.grad)
         start = state.count == 0

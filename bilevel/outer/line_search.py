@@ -1,5 +1,6 @@
 """Descent along lines with hypergradients that are as exact as the step at hand needs."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import equinox as eqx
@@ -52,10 +53,17 @@ class _LineSearch(OuterMethod):
     def point(self, state: "State") -> Array:
         return state.u
 
-    def update(self, at: Evaluation, state: "State") -> tuple[Array, "State"]:
+    def update(
+        self, at: Evaluation, state: "State", project: Callable[[Array], Array]
+    ) -> tuple[Array, "State"]:
         low_tol, low_rtol = floors(at.u)
         at_floor = (state.tol <= low_tol) & (state.rtol <= low_rtol)
-        error = jnp.where(jnp.isnan(at.error), jnp.inf, at.error).astype(at.u.dtype)
+        # What the projection holds where it is has no part in the direction (Bertsekas 1982), nor in the
+        # norm that the error is compared with.
+        nudge = 1e-4 / jnp.maximum(jnp.max(jnp.abs(at.grad)), 1e-300)
+        free = jnp.where(jnp.abs(project(at.u - nudge * at.grad) - at.u) > 0, at.grad, 0.0)
+        share = jnp.linalg.norm(at.grad) / jnp.maximum(jnp.linalg.norm(free), 1e-300)
+        error = jnp.where(jnp.isnan(at.error), jnp.inf, at.error * share).astype(at.u.dtype)
         trusted = (error <= self.largest_error) | at_floor
 
         # What the second-order correction of a value may still be wrong by.
@@ -69,9 +77,11 @@ class _LineSearch(OuterMethod):
         gives_up = rejects & (state.tries + 1 >= self.max_tries)
 
         memory = self._remember(at, state, accepts & ~state.fresh)
-        direction = self._direction(at.grad, memory)
-        downhill = at.grad @ direction < 0
-        direction = jnp.where(downhill, direction, -at.grad)
+        # Along a projected path only steepest descent is sure to lead down.
+        memory = memory._replace(count=jnp.where(gives_up, 0, memory.count))
+        direction = jnp.where(free == 0, 0.0, self._direction(free, memory))
+        downhill = free @ direction < 0
+        direction = jnp.where(downhill, direction, -free)
         longest = self.max_move * (1 + jnp.max(jnp.abs(at.u)))
         direction = direction * jnp.minimum(
             1.0, longest / jnp.maximum(jnp.max(jnp.abs(direction)), 1e-300)
@@ -80,7 +90,7 @@ class _LineSearch(OuterMethod):
         step = self._first_trial(at, state, first)
 
         # Not trusted: here again, more exactly. Rejected: a shorter step, and after too many of those back
-        # to the last good point, more exactly. Accepted: on.
+        # to the last good point, more exactly and without the memory. Accepted: on.
         shrink = cast(self.tighten, at.u)
         factor = jnp.where(accepts, self._factor(error), 1.0)
         factor = jnp.where(~trusted | gives_up, shrink, factor)
@@ -131,7 +141,8 @@ class Adaptive(_LineSearch):
     hypergradient keeps a relative error near `target` before its Newton correction (and near its square
     after), so early steps are cheap and late ones exact. An estimated error above `largest_error` moves
     nothing: the same point is solved more exactly. Steps are shortened, to the minimum of a parabola, until
-    the corrected outer value falls (Armijo, up to what the correction may be wrong by).
+    the corrected outer value falls (Armijo, up to what the correction may be wrong by). Entries that the
+    problem's `outer_projection` holds at a bound are left out of the direction.
 
     `tol` and `rtol` are the first inner and adjoint tolerances; what they are matters little.
     Cost per evaluation: an inner solve, and three linear solves of few digits.

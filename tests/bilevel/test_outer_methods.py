@@ -200,3 +200,32 @@ def test_optax_rules_still_work(quadratic):
     problem, gap = quadratic
     result = descend(problem, optax.adam(0.3), 40)
     assert gap(result.lam) < 0.2 * gap(np.ones(SIZE))
+
+
+def test_bounds_are_held(seed):
+    """Entries at a bound of the projection stay there, and the others go on to where their derivative vanishes."""
+    rng = np.random.default_rng([seed, 5])
+    X = rng.normal(size=(160, 6))
+    y = X @ np.r_[2.0, 1.0, 0.5, 0, 0, 0] + rng.normal(size=160)
+    problem = dataclasses.replace(
+        bl.glm.ridge(X[:80], y[:80], X[80:], y[80:]), outer_projection=in_box
+    )
+    result = bl.run(
+        problem,
+        jnp.full(6, 0.3),
+        jnp.zeros(6),
+        num_steps=120,
+        outer=bl.Adaptive(),
+        transform=bl.transforms.Exp(),
+        progress=False,
+    )
+    h = bl.hypergradient(problem, result.lam, jnp.zeros(6), engine="exact")
+    lam, slope = np.asarray(result.lam), np.asarray(h.grad * result.lam)
+    low, high = np.isclose(lam, 0.01), np.isclose(lam, 1.0)
+    assert 0 < (low | high).sum() < 6
+    assert (slope[low] >= 0).all() and (slope[high] <= 0).all()
+    np.testing.assert_allclose(slope[~(low | high)], 0, atol=1e-6)
+
+
+def in_box(lam):
+    return jnp.clip(lam, 0.01, 1.0)
