@@ -274,8 +274,8 @@ def _outer_step(
         flat, unflatten = tree.flatten(u)
         info = h.info
         numbers = (info.error_estimate, info.outer_value, info.corrected_value)
-        error, raw, corrected = (x.astype(flat.dtype) for x in numbers)
-        at = Evaluation(flat, tree.flatten(grad)[0], error, raw, corrected)
+        numbers = tuple(x.astype(flat.dtype) for x in (*numbers, info.inner.residual))
+        at = Evaluation(flat, tree.flatten(grad)[0], *numbers)
 
         def project(flat: Array) -> Array:
             lam = project_natural(transforms.forward(scales, unflatten(flat)))

@@ -27,6 +27,8 @@ class Evaluation(NamedTuple):
     """The outer loss at the inner point."""
     corrected: Scalar
     """The outer value at the inner solution, to second order in the inner error."""
+    residual: Scalar
+    """Of the inner solve, absolute."""
 
 
 class OuterMethod(Settings):

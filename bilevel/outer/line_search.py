@@ -94,6 +94,8 @@ class _LineSearch(OuterMethod):
         shrink = cast(self.tighten, at.u)
         factor = jnp.where(accepts, self._factor(error), 1.0)
         factor = jnp.where(~trusted | gives_up, shrink, factor)
+        # A tolerance far above the residual does not bind, and would let the next point go unsolved.
+        loosest = jnp.maximum(100 * at.residual, low_tol)
         shorter = state.step * self._shrink(at.corrected - state.corrected, slope)
         following = jnp.where(accepts, at.u + step * direction, state.u + shorter * state.direction)
         following = jnp.where(gives_up, state.u, following)
@@ -108,7 +110,7 @@ class _LineSearch(OuterMethod):
             step=jnp.where(accepts, step, jnp.where(rejects, shorter, state.step)),
             tries=jnp.where(accepts | gives_up, 0, state.tries + rejects.astype(jnp.int32)),
             fresh=jnp.where(accepts, False, state.fresh | gives_up),
-            tol=jnp.maximum(state.tol * factor, low_tol),
+            tol=jnp.maximum(jnp.minimum(state.tol * factor, loosest), low_tol),
             rtol=jnp.clip(state.rtol * factor, low_rtol, 0.1),
             memory=memory,
         )
