@@ -137,10 +137,11 @@ def losses(problem: BilevelProblem, w: Any, lam: Any) -> None:
         leaves, treedef = jax.tree.flatten((w, lam, batch))
         shapes = tuple((leaf.shape, str(leaf.dtype)) for leaf in leaves)
         _check_loss(getattr(problem, name), name, treedef, shapes)
-    if has_prox(problem):
+    prox = getattr(problem, "inner_prox", None)
+    if prox is not None:
         leaves, treedef = jax.tree.flatten((w, lam))
         shapes = tuple((leaf.shape, str(leaf.dtype)) for leaf in leaves)
-        _check_prox(problem.inner_prox, treedef, shapes)  # type: ignore[attr-defined]
+        _check_prox(prox, treedef, shapes)
 
 
 @functools.lru_cache(maxsize=256)

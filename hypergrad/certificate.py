@@ -55,7 +55,7 @@ def error_bound(
 
     Proof: e bounds the distance to the solution w*, and with stars for what belongs to it
     `C q - C* q* = (C - C*) q + C* (q - q*)`, `q - q* = H*^-1 (H* q - dF/dw*)`. True up to rounding; often
-    hundreds of times larger than the error, because mu is the worst curvature and not that of q: a
+    larger than the error by orders of magnitude, because mu is the worst curvature and not that of q: a
     certificate, where `error_estimate` is the number to act on.
 
     Source: as the bound of Salehi, Mukherjee, Roberts and Ehrhardt 2025 (MAID), with the actual ||q||.

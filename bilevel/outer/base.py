@@ -3,7 +3,7 @@
 import abc
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax.numpy as jnp
 from jax import Array
@@ -20,7 +20,7 @@ class Evaluation(NamedTuple):
     u: Array
     """(p,), where it was evaluated."""
     grad: Array
-    """(p,), after the Newton correction."""
+    """(p,), after the Newton correction where the method wants it."""
     error: Scalar
     """Estimated relative error before the correction, so more than that of `grad`; NaN = unknown."""
     value: Scalar
@@ -37,6 +37,9 @@ class OuterMethod(Settings):
     Each outer step of `run` is one evaluation; a method looks at it and says where the next one is (on a
     line, back at the last good point) and to which inner and adjoint tolerance it is solved.
     """
+
+    corrects: ClassVar[bool] = True
+    """Whether it wants the error estimate and the Newton-corrected hypergradient, at two more solves."""
 
     @abc.abstractmethod
     def init(self, u: Array) -> Any:
@@ -84,7 +87,9 @@ def at_accuracy(
     linear = CG() if engine.linear_solver is None else engine.linear_solver
     linear = dataclasses.replace(linear, rtol=rtol)
     # One digit of a correction is enough to see the error and to remove most of it.
-    engine = dataclasses.replace(engine, linear_solver=linear, refine=True, refine_rtol=0.1)
+    engine = dataclasses.replace(
+        engine, linear_solver=linear, refine=method.corrects, refine_rtol=0.1
+    )
     return dataclasses.replace(solver, tol=tol), engine
 
 

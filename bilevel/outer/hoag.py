@@ -27,6 +27,8 @@ class HOAG(OuterMethod):
     tolerance: Number | Any = number(power(0.1, 2.0), low=0.0, strict=True)
     first_lipschitz: Number | None = number(None, low=0.0, strict=True)
 
+    corrects = False
+
     def init(self, u: Array) -> "_State":
         zero = jnp.zeros((), u.dtype)
         return _State(u, zero, jnp.zeros_like(u), zero, zero, jnp.ones_like(zero), jnp.int32(0))

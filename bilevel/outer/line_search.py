@@ -60,14 +60,14 @@ class _LineSearch(OuterMethod):
         at_floor = (state.tol <= low_tol) & (state.rtol <= low_rtol)
         # What the projection holds where it is has no part in the direction (Bertsekas 1982), nor in the
         # norm that the error is compared with.
-        nudge = 1e-4 / jnp.maximum(jnp.max(jnp.abs(at.grad)), 1e-300)
+        nudge = 1e-4 / _positive(jnp.max(jnp.abs(at.grad)))
         free = jnp.where(jnp.abs(project(at.u - nudge * at.grad) - at.u) > 0, at.grad, 0.0)
-        share = jnp.linalg.norm(at.grad) / jnp.maximum(jnp.linalg.norm(free), 1e-300)
+        share = jnp.linalg.norm(at.grad) / _positive(jnp.linalg.norm(free))
         error = jnp.where(jnp.isnan(at.error), jnp.inf, at.error * share).astype(at.u.dtype)
         trusted = (error <= self.largest_error) | at_floor
 
         # What the second-order correction of a value may still be wrong by.
-        size = 10 * jnp.finfo(at.u.dtype).eps * jnp.maximum(jnp.abs(at.corrected), 1e-300)
+        size = 10 * jnp.finfo(at.u.dtype).eps * _positive(jnp.abs(at.corrected))
         slack = jnp.minimum(error, 1.0) * jnp.abs(at.corrected - at.value) + size
         slope = jnp.minimum(state.grad @ (at.u - state.u), 0.0)
         allowed = state.corrected + _ARMIJO * slope + state.slack + slack
@@ -83,9 +83,7 @@ class _LineSearch(OuterMethod):
         downhill = free @ direction < 0
         direction = jnp.where(downhill, direction, -free)
         longest = self.max_move * (1 + jnp.max(jnp.abs(at.u)))
-        direction = direction * jnp.minimum(
-            1.0, longest / jnp.maximum(jnp.max(jnp.abs(direction)), 1e-300)
-        )
+        direction = direction * jnp.minimum(1.0, longest / _positive(jnp.max(jnp.abs(direction))))
         first = memory.count == 0
         step = self._first_trial(at, state, first)
 
@@ -165,16 +163,16 @@ class Adaptive(_LineSearch):
         return -inverse_hessian(memory, grad)
 
     def _first_trial(self, at: Evaluation, state: "State", first: Array) -> Scalar:
-        size = jnp.maximum(jnp.linalg.norm(at.grad), 1e-300)
+        size = _positive(jnp.linalg.norm(at.grad))
         return jnp.where(first, cast(self.first_step, at.u) * jnp.minimum(1.0, 1 / size), 1.0)
 
     def _shrink(self, rise: Scalar, slope: Scalar) -> Scalar:
         """To the minimum of the parabola through both values and the slope."""
-        factor = jnp.clip(-slope / (2 * jnp.maximum(rise - slope, 1e-300)), 0.02, 0.5)
+        factor = jnp.clip(-slope / (2 * _positive(rise - slope)), 0.02, 0.5)
         return jnp.where(jnp.isfinite(rise), factor, 0.02)
 
     def _factor(self, error: Scalar) -> Scalar:
-        return jnp.clip(cast(self.target, error) / jnp.maximum(error, 1e-300), 0.1, 4.0)
+        return jnp.clip(cast(self.target, error) / _positive(error), 0.1, 4.0)
 
 
 class MAID(_LineSearch):
@@ -236,6 +234,11 @@ class State(NamedTuple):
     memory: _Memory
 
 
+def _positive(x: Array) -> Array:
+    """Safe to divide by."""
+    return jnp.maximum(x, jnp.finfo(x.dtype).tiny)
+
+
 def inverse_hessian(memory: _Memory, grad: Array) -> Array:
     """The two-loop recursion of L-BFGS: `H grad`. Nocedal and Wright, algorithm 7.4."""
     size = memory.s.shape[0]
@@ -249,7 +252,7 @@ def inverse_hessian(memory: _Memory, grad: Array) -> Array:
         return q - a * y, a
 
     q, a = jax.lax.scan(backward, grad, (memory.s, memory.y, rho), reverse=True)
-    newest = jnp.maximum(memory.y[-1] @ memory.y[-1], 1e-300)
+    newest = _positive(memory.y[-1] @ memory.y[-1])
     gamma = jnp.where(memory.count > 0, curvature[-1] / newest, 1.0)
 
     def forward(q: Array, pair: tuple) -> tuple[Array, None]:

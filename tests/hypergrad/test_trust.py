@@ -133,6 +133,36 @@ def test_bound_knows_the_norm_of_the_cross_derivative(seed):
     np.testing.assert_allclose(bounds[0], bounds[1], rtol=1e-6)
 
 
+def test_the_bound_is_attained():
+    """`m/2 (w - lam)^2` and `L/2 (w - t)^2`: the error L (w - lam) is the bound, e = |w - lam|."""
+    m, L, t, lam = 0.7, 1.9, -0.4, 0.8
+    inner = lambda w, lam, batch: 0.5 * m * (w - lam) ** 2
+    outer = lambda w, lam, batch: 0.5 * L * (w - t) ** 2
+    problem = bl.Problem(inner, outer, constants=bl.Constants(m, 0.0, 0.0, L, 0.0))
+    solver = bl.GradientDescent(learning_rate=0.3, max_steps=4)
+    h = bl.hypergradient(problem, lam, 0.0, solver=solver, throw=False)
+    error = abs(float(h.grad) - L * (lam - t)) / abs(float(h.grad))
+    assert error > 0.1
+    np.testing.assert_allclose(h.info.bound, error, rtol=1e-8)
+
+
+def test_the_bound_has_every_term(seed):
+    """A logistic problem, the formula with the adjoint and C by dense NumPy."""
+    *data, lam, _ = logistic_data(seed)
+    problem, solver = bl.glm.logistic(*data), bl.LBFGS(tol=1e-2)
+    h = bl.hypergradient(problem, lam, jnp.zeros(D), solver=solver, throw=False)
+    X, y, X_val, y_val = data
+    w, sigmoid = np.asarray(h.w), lambda f: 1 / (1 + np.exp(-f))
+    s = sigmoid(X @ w)
+    H = (X.T * (s * (1 - s))) @ X / N + lam * np.eye(D)
+    q = np.linalg.norm(np.linalg.solve(H, X_val.T @ (sigmoid(X_val @ w) - y_val) / N))
+    e = np.linalg.norm(X.T @ (s - y) / N + lam * w) / lam
+    L_H = np.mean(np.linalg.norm(X, axis=1) ** 3) / (6 * np.sqrt(3))
+    L_F = np.linalg.norm(X_val, 2) ** 2 / (4 * N)
+    bound = e * q + (np.linalg.norm(w) + e) / lam * e * (L_F + L_H * q)
+    np.testing.assert_allclose(h.info.bound, bound / abs(float(h.grad)), rtol=1e-5)
+
+
 def test_the_norm_of_a_large_cross_derivative_is_not_computed():
     inner = lambda w, lam, batch: 0.5 * jnp.sum((w - lam) ** 2)
     outer = lambda w, lam, batch: 0.5 * jnp.sum(w**2)
