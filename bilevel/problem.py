@@ -11,7 +11,7 @@ from jax import Array
 
 from bilevel.sampling import minibatch, num_rows
 from hypergrad.certificate import Constants
-from solvers.types import Objective, Sampler, Tree, constant_sampler
+from solvers.types import MatVec, Objective, Sampler, Tree, constant_sampler
 
 Loss = Callable[[Tree, Tree, Any], Array]
 
@@ -32,6 +32,8 @@ class Problem(eqx.Module):
         an initialisation, or that each solve starts afresh instead of from the last solution.
       inner_hvp: `(w, lam, batch, v) -> H v`, the Hessian-vector product of `inner` in w, where it is
         known in closed form; used instead of automatic differentiation.
+      inner_preconditioner: `(w, lam, batch) -> (r -> z)`, which prepares an approximation of the inverse of
+        that Hessian, symmetric and positive definite: a CG without a preconditioner of its own uses it.
       constants: `bilevel.Constants`, or `(w, lam, inner_batch, outer_batch) -> Constants`, where they are
         known: a hypergradient of `Implicit` then comes with a certified error bound.
       inner_prox: `(v, step, lam) -> w`, the proximal operator of `step` times a nonsmooth term psi(w, lam)
@@ -55,6 +57,9 @@ class Problem(eqx.Module):
     inner_hvp: Callable[[Tree, Tree, Any, Tree], Tree] | None = eqx.field(
         static=True, default=None, kw_only=True
     )
+    inner_preconditioner: Callable[[Tree, Tree, Any], MatVec] | None = eqx.field(
+        static=True, default=None, kw_only=True
+    )
     constants: Any = eqx.field(default=None, kw_only=True)
     inner_prox: Callable[[Tree, Array, Tree], Tree] | None = eqx.field(
         static=True, default=None, kw_only=True
@@ -70,7 +75,11 @@ class Problem(eqx.Module):
                     f"Problem({name}=...) must be a function (w, lam, batch) -> scalar, "
                     f"got {getattr(self, name)!r}."
                 )
-        for name in ("inner_init", "inner_hvp", "inner_prox", "outer_projection"):
+        functions = (
+            *("inner_init", "inner_hvp", "inner_preconditioner"),
+            *("inner_prox", "outer_projection"),
+        )
+        for name in functions:
             value = getattr(self, name)
             if value is not None and not callable(value):
                 raise TypeError(f"Problem({name}=...) must be a function or None, got {value!r}.")
@@ -106,7 +115,9 @@ class Problem(eqx.Module):
             )
 
     def inner_objective(self, lam: Tree) -> Objective:
-        return Objective(self.inner, lam, self.inner_hvp, self.inner_prox)
+        return Objective(
+            self.inner, lam, self.inner_hvp, self.inner_prox, self.inner_preconditioner
+        )
 
     def inner_sampler(self, key: Array) -> Sampler:
         size = self.batch_size[0]

@@ -20,6 +20,7 @@ from hypergrad.nonsmooth import fixed_point, step_size
 from solvers import CG, AbstractInnerSolver, LinearInfo, Status, tree
 from solvers.fields import Number
 from solvers.kinks import bent
+from solvers.linear.cg import preconditioned
 from solvers.linear.spectrum import ritz_values
 from solvers.loops import rounding_level
 from solvers.status import combine, where
@@ -152,6 +153,7 @@ def assess(
             atol=jnp.where(second, 10 * eps * tree.norm(c).astype(dtype), rounding),
         )
         b = tree.where(second, defect, tree.scale(-1.0, residual))
+        system = preconditioned(system, objective, w, inner_batch)
         return system.solve(hvp, b, tree.zeros_like(w), None, jax.random.key(0))
 
     def correct(carry: tuple[Tree, Tree], second: Array) -> tuple[tuple[Tree, Tree], LinearInfo]:

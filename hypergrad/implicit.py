@@ -22,6 +22,7 @@ from hypergrad.nonsmooth import fixed_point, margin, step_size
 from solvers import CG, AbstractLinearSolver, LinearInfo, Status, status, tree
 from solvers.fields import Number, cast, number, static
 from solvers.gradient import linearized_hvp
+from solvers.linear.cg import preconditioned
 from solvers.linear.spectrum import ritz_values
 from solvers.loops import solve
 from solvers.types import MatVec, Scalar, Tree
@@ -124,6 +125,7 @@ class Implicit(AbstractEngine):
             # Nearer to a kink than its own error: which side the solution is on is not known.
             undecided = status.where(distance <= inner.residual, Status.MAX_STEPS)
         else:
+            linear = preconditioned(linear, objective, w, batch)
             q, adjoint = solve_adjoint(lambda v: tree.axpy(damping, v, hvp(v)), c)
             grad = tree.sub(grad_lam, cross_vjp(problem, solver, w, lam, batch, q))
             correction = -tree.vdot(q, residual)

@@ -12,7 +12,7 @@ from solvers.fields import Number, number, static
 from solvers.gradient import linearized_hvp
 from solvers.line_search import wolfe_search
 from solvers.linear.base import AbstractLinearSolver
-from solvers.linear.cg import CG
+from solvers.linear.cg import CG, preconditioned
 from solvers.types import ObjectiveFn, Scalar, Tree
 
 
@@ -54,6 +54,7 @@ class Newton(AbstractInnerSolver):
 
         rtol = jnp.minimum(0.1, jnp.sqrt(state.residual / state.first))
         solver = CG(rtol=rtol) if self.linear_solver is None else self.linear_solver
+        solver = preconditioned(solver, objective, w, batch)
         key = jax.random.key(0)
         _, hvp = linearized_hvp(objective, w, batch)
         rhs = unflatten(-state.gradient)

@@ -26,6 +26,9 @@ class Objective(eqx.Module):
     `args` are array leaves, so one compiled solver serves all their values. `hvp(w, args, batch, v)`,
     where given, is the Hessian-vector product in `w`; it replaces automatic differentiation.
 
+    `preconditioner(w, args, batch) -> (r -> z)`, where given, prepares a symmetric positive definite
+    approximation of the inverse Hessian at `w`.
+
     `prox(v, step, args) -> w`, where given, is the proximal operator of `step` times a nonsmooth part
     that is minimised along with `fn`; calls give the smooth part alone.
     """
@@ -33,8 +36,8 @@ class Objective(eqx.Module):
     fn: Callable[[Tree, Any, Any], Scalar] = eqx.field(static=True)
     args: Any = None
     hvp: Callable[[Tree, Any, Any, Tree], Tree] | None = eqx.field(static=True, default=None)
-
     prox: Callable[[Tree, Any, Any], Tree] | None = eqx.field(static=True, default=None)
+    preconditioner: Callable[[Tree, Any, Any], MatVec] | None = eqx.field(static=True, default=None)
 
     def __call__(self, w: Tree, batch: Any) -> Scalar:
         return self.fn(w, self.args, batch)

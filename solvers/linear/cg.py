@@ -1,5 +1,6 @@
 """Conjugate gradients that report the true residual and the curvature they met."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -19,7 +20,7 @@ from solvers.linear.base import (
 )
 from solvers.linear.preconditioners import AbstractPreconditioner
 from solvers.status import Status
-from solvers.types import MatVec, Scalar, Tree
+from solvers.types import MatVec, ObjectiveFn, Scalar, Tree
 
 
 class CG(AbstractLinearSolver):
@@ -167,6 +168,17 @@ class CG(AbstractLinearSolver):
             largest=last.largest,
         )
         return last.x, accept_fixed_budget(info, self.rtol, self.atol)
+
+
+def preconditioned(
+    linear: AbstractLinearSolver, objective: ObjectiveFn, w: Tree, batch: Any
+) -> AbstractLinearSolver:
+    """The solver with the objective's own preconditioner at `w`, where it is a CG without any."""
+    own = getattr(objective, "preconditioner", None)
+    if own is None or not isinstance(linear, CG) or linear.preconditioner is not None:
+        return linear
+    prepared = own(w, getattr(objective, "args", None), batch)
+    return dataclasses.replace(linear, preconditioner=prepared)
 
 
 class _Carry(NamedTuple):
