@@ -26,6 +26,8 @@ if TYPE_CHECKING:
         Moreau,
         OneStep,
         Unrolled,
+        implicit,
+        optimality,
     )
     from solvers import (
         CG,
@@ -96,6 +98,8 @@ __all__ = [
     "check",
     "glm",
     "hypergradient",
+    "implicit",
+    "optimality",
     "prox",
     "run",
     "schedules",
@@ -120,6 +124,8 @@ _HOMES = {
         "Moreau",
         "OneStep",
         "Unrolled",
+        "implicit",
+        "optimality",
     },
 }
 """Where the public names live that are neither modules of this package nor from `solvers`."""

@@ -1,5 +1,6 @@
 """The middle floor: two levels. (problem, inner solver) -> hypergradient with a trust report."""
 
+from hypergrad import optimality
 from hypergrad.base import AbstractEngine, BilevelProblem, Hypergradient, HypergradInfo
 from hypergrad.certificate import Constants
 from hypergrad.exact import Exact
@@ -8,6 +9,7 @@ from hypergrad.implicit import Implicit
 from hypergrad.moreau import Moreau
 from hypergrad.one_step import OneStep
 from hypergrad.registry import ENGINES
+from hypergrad.root import implicit
 from hypergrad.unrolled import Unrolled
 
 __all__ = [
@@ -23,4 +25,6 @@ __all__ = [
     "Moreau",
     "OneStep",
     "Unrolled",
+    "implicit",
+    "optimality",
 ]
