@@ -13,7 +13,7 @@ from jax.core import Tracer
 from bilevel.problem import Problem
 from hypergrad import ENGINES, AbstractEngine, BilevelProblem
 from hypergrad.base import Solver, check_proximal, has_prox
-from solvers import SOLVERS, AbstractInnerSolver, ProximalGradient
+from solvers import SOLVERS, AbstractInnerSolver, FixedPoint, Mapping, ProximalGradient
 from solvers.tree import accumulation_dtype
 
 
@@ -82,7 +82,9 @@ def solver(value: Any, engine: AbstractEngine, problem: BilevelProblem) -> Solve
         )
     if value is None:
         value = engine.default_solver()
-        if nonsmooth:  # cheap steps, and many of them, where none is stored
+        if isinstance(problem.inner, Mapping) and engine.fixed_points:
+            value = FixedPoint()
+        elif nonsmooth:  # cheap steps, and many of them, where none is stored
             value = ProximalGradient(max_steps=10_000 if engine.needs_implicit else 1000)
     if isinstance(value, str):
         if value.lower() not in SOLVERS:
@@ -91,6 +93,16 @@ def solver(value: Any, engine: AbstractEngine, problem: BilevelProblem) -> Solve
     if isinstance(value, AbstractInnerSolver):
         if nonsmooth:
             check_proximal(value)
+        if not value.symmetric and not isinstance(problem.inner, Mapping):
+            raise ValueError(
+                f"{type(value).__name__} solves w = T(w): expected the problem's inner to be "
+                "bilevel.Mapping(T), not a loss."
+            )
+        if not value.symmetric and not engine.fixed_points:
+            raise ValueError(
+                f"{name} needs the derivatives of an inner loss, which {type(value).__name__} does not "
+                "minimise. Use the engine Implicit or Unrolled, or a solver such as LBFGS."
+            )
         unrolls = name == "Unrolled"
         if unrolls and not value.unrollable:
             raise ValueError(

@@ -93,6 +93,8 @@ class AbstractEngine(Settings):
     """Whether the driver asks for the error estimate by default (it costs Hessian-vector products)."""
     proximal: ClassVar[bool] = False
     """Whether inner problems with a prox are differentiated right."""
+    fixed_points: ClassVar[bool] = False
+    """Whether solutions of `FixedPoint` are differentiated right; else a `Mapping` is solved as a loss."""
     needs_implicit: ClassVar[bool] = False
     """Whether the derivative ignores how the inner solver got there (its start and its settings)."""
 

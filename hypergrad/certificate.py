@@ -23,7 +23,8 @@ class Constants(NamedTuple):
     """
 
     strong_convexity: Scalar | float
-    """A lower bound on the smallest eigenvalue of H, above zero."""
+    """A lower bound on the smallest eigenvalue of H, above zero; for a fixed point, whose H is the Jacobian of
+    `w - T(w)`, on its smallest singular value: one minus the factor of the contraction."""
     hessian_lipschitz: Scalar | float
     """`||H(w) - H(v)|| <= this ||w - v||`; zero for a quadratic."""
     cross_lipschitz: Scalar | float

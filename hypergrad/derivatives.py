@@ -11,7 +11,7 @@ import jax
 from jax import Array
 
 from hypergrad.base import BilevelProblem
-from solvers import AbstractInnerSolver
+from solvers import AbstractInnerSolver, Objective
 from solvers.gradient import linearized_hvp
 from solvers.types import MatVec, Tree
 
@@ -28,6 +28,15 @@ def hessian_product(problem: BilevelProblem, w: Tree, lam: Tree, batch: Any) -> 
     """`v -> H v` at `(w, lam)`, linearised once; the problem's own product if it has one."""
     _, hvp = linearized_hvp(problem.inner_objective(lam), w, batch)
     return hvp
+
+
+def linearized_map(
+    solver: AbstractInnerSolver, objective: Objective, w: Tree, batch: Any
+) -> tuple[Tree, MatVec, MatVec]:
+    """The solver's optimality map at `w`, and the products with its Jacobian and the transpose."""
+    residual, product = jax.linearize(lambda w: solver.optimality(objective, w, batch), w)
+    transposed = jax.linear_transpose(product, w)
+    return residual, product, lambda v: transposed(v)[0]
 
 
 def cross_vjp(

@@ -15,16 +15,16 @@ from hypergrad.base import (
     make_solver,
 )
 from hypergrad.certificate import Constants, error_bound
-from hypergrad.derivatives import cross_vjp, outer_value_and_grads
+from hypergrad.derivatives import cross_vjp, linearized_map, outer_value_and_grads
 from hypergrad.nonsmooth import fixed_point, step_size
-from solvers import CG, AbstractInnerSolver, LinearInfo, Status, tree
+from solvers import CG, GMRES, AbstractInnerSolver, LinearInfo, Status, tree
 from solvers.fields import Number
 from solvers.kinks import bent
 from solvers.linear.cg import preconditioned
 from solvers.linear.spectrum import ritz_values
 from solvers.loops import rounding_level
 from solvers.status import combine, where
-from solvers.types import Tree
+from solvers.types import MatVec, Tree
 
 
 class Assessment(NamedTuple):
@@ -118,6 +118,9 @@ def assess(
     `adjoint` is the engine's own solution q of the adjoint system, where it has one. Then both systems
     are for corrections, of which a few digits (`rtol`) are enough; else q = 0 and both are solved tightly.
 
+    A solver whose optimality map has no symmetric Jacobian (`FixedPoint`) gives the map, its Jacobian and the
+    transpose in the places of dg/dw, H and H; the systems are then solved by GMRES, without a probe.
+
     The systems are solved by CG on automatic Hessian-vector products, whatever the engine used, so a
     wrong `inner_hvp` or a diverging series shows here. A Lanczos probe from a random start looks for
     negative curvature that the right-hand sides do not excite (none where `key` is None).
@@ -133,8 +136,16 @@ def assess(
         )
     w, grad = hypergradient.w, hypergradient.grad
     objective = problem.inner_objective(lam)
-    gradient = lambda u: jax.grad(objective)(u, inner_batch)
-    residual, hvp = jax.linearize(gradient, w)
+    symmetric = solver.symmetric
+
+    def linearized(u: Tree) -> tuple[Tree, MatVec, MatVec]:
+        if not symmetric:
+            return linearized_map(solver, objective, u, inner_batch)
+        # By autodiff, whatever the solver or the problem would use.
+        residual, hvp = jax.linearize(lambda u: jax.grad(objective)(u, inner_batch), u)
+        return residual, hvp, hvp
+
+    residual, hvp, _ = linearized(w)
 
     dtype, eps = tree.norm(grad).dtype, tree.epsilon(w)
     q = tree.zeros_like(w) if adjoint is None else adjoint
@@ -145,13 +156,15 @@ def assess(
 
     def solve(w: Tree, second: Array) -> tuple[Tree, LinearInfo]:
         """The inner (first) or the adjoint (second) equation's correction at `w`."""
-        residual, hvp = jax.linearize(gradient, w)
+        residual, product, transposed = linearized(w)
+        if not symmetric:  # one of them at a time
+            hvp = lambda v: jax.lax.cond(second, transposed, product, v)
+        else:
+            hvp = product
         _, c, _ = outer_value_and_grads(problem, w, lam, outer_batch)
-        defect = tree.axpy(-1.0, hvp(q), c)
-        system = CG(
-            rtol=rtol,
-            atol=jnp.where(second, 10 * eps * tree.norm(c).astype(dtype), rounding),
-        )
+        defect = tree.axpy(-1.0, transposed(q), c)
+        atol = jnp.where(second, 10 * eps * tree.norm(c).astype(dtype), rounding)
+        system = CG(rtol=rtol, atol=atol) if symmetric else GMRES(rtol=rtol, atol=atol)
         b = tree.where(second, defect, tree.scale(-1.0, residual))
         system = preconditioned(system, objective, w, inner_batch)
         return system.solve(hvp, b, tree.zeros_like(w), None, jax.random.key(0))
@@ -169,6 +182,8 @@ def assess(
     value = hypergradient.info.outer_value
     corrected = value - tree.vdot(q_plus, residual).astype(value.dtype)
 
+    if not symmetric:  # the symmetric part of the Jacobian says nothing
+        both, key = both._replace(curvature=jnp.full_like(both.curvature, jnp.nan)), None
     ritz = None if key is None else ritz_values(hvp, w, key)
     return _verdict(better, grad, corrected, both, ritz, jnp.asarray(False), eps)
 

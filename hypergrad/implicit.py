@@ -16,10 +16,10 @@ from hypergrad.base import (
     make_info,
     make_solver,
 )
-from hypergrad.derivatives import cross_vjp, outer_value_and_grads
+from hypergrad.derivatives import cross_vjp, linearized_map, outer_value_and_grads
 from hypergrad.estimate import with_estimate
 from hypergrad.nonsmooth import fixed_point, margin, step_size
-from solvers import CG, AbstractLinearSolver, LinearInfo, Status, status, tree
+from solvers import CG, GMRES, AbstractLinearSolver, LinearInfo, Status, status, tree
 from solvers.fields import Number, cast, number, static
 from solvers.gradient import linearized_hvp
 from solvers.linear.cg import preconditioned
@@ -48,6 +48,9 @@ class Implicit(AbstractEngine):
     is quadratic in that of the plain one, at each step. `info.error_estimate` is still the plain one's.
     `refine_rtol` is how exactly the correction is solved for, relative to itself.
 
+    Where the inner problem is a fixed point (`Mapping`, solved by `FixedPoint`), H is the Jacobian of
+    `w - T(w)`, the system is with its transpose, and `linear_solver` defaults to GMRES.
+
     Where the problem has an `inner_prox`, the equation differentiated is the prox's fixed point (see
     `hypergrad.nonsmooth`): the adjoint system is the Hessian restricted to the support, derivatives of the
     prox come from the function given. `info.margin` is the distance from a kink; one below the inner
@@ -71,6 +74,7 @@ class Implicit(AbstractEngine):
 
     needs_implicit = True
     proximal = True
+    fixed_points = True
 
     def __check_init__(self) -> None:
         if isinstance(self.damping, str) and self.damping != "auto":
@@ -97,7 +101,6 @@ class Implicit(AbstractEngine):
         solver = make_solver(solver, lam)
         if has_prox(problem):
             check_proximal(solver)
-        linear = CG() if self.linear_solver is None else self.linear_solver
         objective, sampler = problem.inner_objective(lam), problem.inner_sampler(key)
         batch = sampler(0)
         w = problem.start(w, lam, batch)
@@ -105,8 +108,17 @@ class Implicit(AbstractEngine):
         w, inner_state, inner = solve(solver, objective, w, inner_state, sampler)
 
         value, c, grad_lam = outer_value_and_grads(problem, w, lam, problem.outer_batch(key))
-        residual, hvp = linearized_hvp(objective, w, batch)
+        if solver.symmetric:
+            residual, hvp = linearized_hvp(objective, w, batch)
+        else:
+            residual, _, hvp = linearized_map(solver, objective, w, batch)
+        default = CG() if solver.symmetric else GMRES()
+        linear = default if self.linear_solver is None else self.linear_solver
         linear_key = jax.random.fold_in(key, 2)
+        if isinstance(self.damping, str) and not solver.symmetric:
+            raise ValueError(
+                "Implicit(damping='auto') is for losses: a fixed point has no curvature."
+            )
         damping = self._damping(hvp, w, jax.random.fold_in(key, 4))
         warm = tree.where(tree.all_finite(state.adjoint), state.adjoint, tree.zeros_like(w))
 
@@ -132,7 +144,9 @@ class Implicit(AbstractEngine):
             distance, undecided = None, jnp.int32(Status.OK)
 
         # MINRES and GMRES solve an indefinite system without complaint, but its `w` is no minimiser.
-        negative = adjoint.curvature < -100 * tree.epsilon(w) * adjoint.largest
+        # The symmetric part of another Jacobian says nothing.
+        curvature = jnp.where(solver.symmetric, adjoint.curvature, jnp.nan)
+        negative = curvature < -100 * tree.epsilon(w) * adjoint.largest
         info = make_info(
             value,
             inner,
@@ -142,7 +156,7 @@ class Implicit(AbstractEngine):
             undecided,
             adjoint_residual=adjoint.residual,
             adjoint_steps=adjoint.num_steps,
-            curvature=adjoint.curvature - damping.astype(adjoint.curvature.dtype),
+            curvature=curvature - damping.astype(curvature.dtype),
             corrected_value=value + correction.astype(value.dtype),
             damping=damping,
             margin=distance,

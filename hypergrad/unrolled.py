@@ -45,6 +45,7 @@ class Unrolled(AbstractEngine):
     estimate: bool | None = static(None)
 
     proximal = True
+    fixed_points = True
 
     def init(self, problem: BilevelProblem, solver: Solver, w: Tree, lam: Tree, key: Array) -> None:
         return None

@@ -2,6 +2,7 @@
 
 from solvers import prox
 from solvers.base import AbstractInnerSolver
+from solvers.fixed_point import FixedPoint, Mapping
 from solvers.gradient import GradientDescent
 from solvers.jaxopt_solver import JaxoptSolver
 from solvers.lbfgs import LBFGS
@@ -26,6 +27,7 @@ from solvers.status import Status
 from solvers.types import Objective, Sampler, SolveInfo
 
 SOLVERS = {
+    "fixedpoint": FixedPoint,
     "gradientdescent": GradientDescent,
     "lbfgs": LBFGS,
     "newton": Newton,
@@ -44,10 +46,12 @@ __all__ = [
     "AbstractPreconditioner",
     "Chebyshev",
     "Dense",
+    "FixedPoint",
     "GradientDescent",
     "Jacobi",
     "JaxoptSolver",
     "LinearInfo",
+    "Mapping",
     "Neumann",
     "Newton",
     "Nystrom",

@@ -29,6 +29,8 @@ class AbstractInnerSolver(Settings):
     minibatches: ClassVar[bool] = True
     """Whether each step may see another batch; else one batch serves the whole solve."""
 
+    symmetric: ClassVar[bool] = True
+    """Whether the Jacobian of `optimality` is symmetric."""
     proximal: ClassVar[bool] = False
     """Whether the objective's `prox`, where it has one, is part of what is minimised."""
 
