@@ -1,7 +1,8 @@
 """Kill -9 at random moments, resume, and compare with a run without a break, bit for bit.
 
-A child process runs 200 outer steps with a state of a few megabytes and is killed: half of the times at a random moment, half as soon as
-a save has begun (so that most of these are killed while writing). Fails where any bit of `lam`, `w`, the history or the state differs.
+A child process runs 200 outer steps with a state of a few megabytes and is killed: half of the times at a random
+moment, half as soon as a save has begun (so that most of these are killed while writing). Fails where any bit of
+`lam`, `w`, the history or the state differs.
 
     python benchmarks/kill_and_resume.py [--kills 30] [--out benchmarks/results/kill_and_resume_cpu.json]
 """

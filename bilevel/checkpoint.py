@@ -159,12 +159,10 @@ class Store:
         }
         arrays = {f"leaf_{i}": _to_host(leaf) for i, leaf in enumerate(leaves)}
         arrays["meta"] = np.asarray(json.dumps(meta))
+        # NumPy's stub takes any `**arrays` for its boolean option `allow_pickle`.
+        write = lambda file: np.savez(file, **arrays)  # type: ignore[arg-type]
         try:
-            put(
-                self.directory / f"step-{step:012d}.npz",
-                lambda file: np.savez(file, **arrays),
-                True,
-            )  # type: ignore[arg-type]
+            put(self.directory / f"step-{step:012d}.npz", write, force=True)
             for path in self.files()[KEEP:]:
                 path.unlink()
             self._due = None
