@@ -12,16 +12,14 @@ import optax
 from jax import Array
 
 from bilevel import transforms, validation
-from bilevel.calls import can_estimate, engine_step, init_engine
+from bilevel.calls import can_estimate, engine_step, estimated, init_engine
 from bilevel.checkpoint import Saved, opened
 from bilevel.outer.base import Evaluation, OuterMethod, at_accuracy, check
 from bilevel.progress import Progress
 from bilevel.result import Best, BilevelError, History, Result, RunState, join, record
 from hypergrad import AbstractEngine, BilevelProblem, Hypergradient
 from hypergrad.base import Solver
-from hypergrad.estimate import with_estimate
 from solvers import Status, tree
-from solvers.fields import at_step
 from solvers.optax_solver import optax_init, optax_update
 from solvers.static_function import StaticFunction
 from solvers.types import Tree
@@ -144,9 +142,9 @@ def run(
                     )
                     rows = jax.tree.map(lambda leaf, n=int(taken): np.asarray(leaf)[:n], buffer)
                     done += int(taken)
-                    estimated = done if estimate else saved.estimated
+                    at_estimate = done if estimate else saved.estimated
                     # One assignment: Ctrl-C never sees half a chunk.
-                    saved = Saved(state, (*pieces, rows), begin, estimated)
+                    saved = Saved(state, (*pieces, rows), begin, at_estimate)
                     if store is not None:
                         store.save(saved)
                     bar.update(done, float(rows.outer_value[-1]), float(rows.grad_norm[-1]))
@@ -277,9 +275,8 @@ def _chunk(
 
     def with_verdict() -> tuple[Array, History]:
         last = state.step - 1
-        at_solver, at_engine = at_step((solver, engine), last)
         step_key = jax.random.fold_in(key, last)
-        info = with_estimate(problem, at_solver, at_engine, lam, h, state.engine, step_key).info
+        info = estimated(problem, solver, engine, lam, h, state.engine, step_key, last).info
         index = taken - 1
         rows = buffer._replace(
             error_estimate=buffer.error_estimate.at[index].set(info.error_estimate),
