@@ -252,7 +252,7 @@ def _together(each: HypergradInfo, norms: Array, norm: Array) -> HypergradInfo:
         bound=jnp.mean(weights.astype(each.bound.dtype) * each.bound),
         corrected_value=jnp.mean(each.corrected_value),
         damping=jnp.max(each.damping),
-        margin=jnp.nanmin(each.margin, initial=jnp.inf, where=~jnp.isnan(each.margin)),
+        margin=jnp.nanmin(each.margin),
         status=jnp.max(each.status),
         tasks=each,
     )
