@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from bilevel.outer import HOAG, MAID, Adaptive
     from bilevel.problem import Problem
     from bilevel.result import BilevelError, History, Result, RunState
+    from bilevel.tasks import Tasks
     from hypergrad import (
         F2SA,
         AbstractEngine,
@@ -98,6 +99,7 @@ __all__ = [
     "RunState",
     "SolveInfo",
     "Status",
+    "Tasks",
     "Unrolled",
     "check",
     "glm",
@@ -117,6 +119,7 @@ _HOMES = {
     "bilevel.outer": {"HOAG", "MAID", "Adaptive"},
     "bilevel.problem": {"Problem"},
     "bilevel.result": {"BilevelError", "History", "Result", "RunState"},
+    "bilevel.tasks": {"Tasks"},
     "hypergrad": {
         "F2SA",
         "AbstractEngine",

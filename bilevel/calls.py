@@ -5,8 +5,10 @@ from typing import Any
 import equinox as eqx
 from jax import Array
 
+from bilevel.tasks import Tasks
 from hypergrad import AbstractEngine, BilevelProblem, Hypergradient
 from hypergrad.base import Solver
+from hypergrad.estimate import with_estimate
 from solvers import AbstractInnerSolver
 from solvers.fields import at_step
 from solvers.types import Tree
@@ -29,6 +31,8 @@ def init_engine(
 ) -> Any:
     """The engine's state before the first step."""
     solver, engine = at_step((solver, engine), 0)
+    if isinstance(problem, Tasks):
+        return problem.init(engine, solver, w, lam, key)
     return engine.init(problem, solver, w, lam, key)
 
 
@@ -45,4 +49,23 @@ def engine_step(
 ) -> tuple[Hypergradient, Any]:
     """One step. Jitted on its own, so that another outer rule does not trace the losses again."""
     solver, engine = at_step((solver, engine), step)
+    if isinstance(problem, Tasks):
+        return problem.step(engine, solver, w, lam, state, key)
     return engine.step(problem, solver, w, lam, state, key)
+
+
+def estimated(
+    problem: BilevelProblem,
+    solver: Solver,
+    engine: AbstractEngine,
+    lam: Tree,
+    h: Hypergradient,
+    state: Any,
+    key: Array,
+    step: Array | int,
+) -> Hypergradient:
+    """The step's hypergradient with its error estimate."""
+    solver, engine = at_step((solver, engine), step)
+    if isinstance(problem, Tasks):
+        return problem.estimate(engine, solver, lam, h, state, key)
+    return with_estimate(problem, solver, engine, lam, h, state, key)

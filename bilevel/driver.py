@@ -1,6 +1,7 @@
 """The outer loop: chunks of outer steps, each one call of one compiled program."""
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import equinox as eqx
@@ -11,15 +12,14 @@ import optax
 from jax import Array
 
 from bilevel import transforms, validation
-from bilevel.calls import can_estimate, engine_step, init_engine
+from bilevel.calls import can_estimate, engine_step, estimated, init_engine
+from bilevel.checkpoint import Saved, opened
 from bilevel.outer.base import Evaluation, OuterMethod, at_accuracy, check
 from bilevel.progress import Progress
 from bilevel.result import Best, BilevelError, History, Result, RunState, join, record
 from hypergrad import AbstractEngine, BilevelProblem, Hypergradient
 from hypergrad.base import Solver
-from hypergrad.estimate import with_estimate
 from solvers import Status, tree
-from solvers.fields import at_step
 from solvers.optax_solver import optax_init, optax_update
 from solvers.static_function import StaticFunction
 from solvers.types import Tree
@@ -43,6 +43,8 @@ def run(
     progress: bool | None = None,
     callback: Callable[[RunState, History], Any] | None = None,
     state: RunState | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+    resume: bool = False,
     throw: bool = True,
 ) -> Result:
     """Minimise the outer loss by hypergradient steps; inner and adjoint solves are warm-started.
@@ -65,11 +67,17 @@ def run(
         does so where standard error is a terminal.
       callback: called as `callback(state, history_of_the_chunk)` after each chunk; a true result stops.
       state: `result.state` of an earlier run to go on from; `lam` and `w` then only give the shapes.
+      checkpoint: directory that gets the whole state and history after chunks (the last few are kept, and a
+        save is put off where it would take more than a twentieth of the time). SIGTERM then ends the
+        run after the chunk, saved, with `stopped="terminated"`.
+      resume: go on from the newest readable checkpoint, to `num_steps` in all, with the bits of a run
+        without a break; begin where there is none. Settings may have new numbers; the data and the key
+        may not.
       throw: raise BilevelError at the end of a chunk for NONFINITE, INDEFINITE, BREAKDOWN or DIVERGED,
         and after the last step where it ended with MAX_STEPS.
 
     A step with one of the first four statuses stops the run, and does not move `lam`. Ctrl-C returns
-    the chunks that are done.
+    (and saves) the chunks that are done.
 
     Raises TypeError or ValueError for bad input, before any compute.
     """
@@ -102,43 +110,55 @@ def run(
     validation.losses(problem, w, lam)
 
     rule = outer if isinstance(outer, OuterMethod) else StaticFunction(outer)
-    if state is None:
-        state = _first_state(problem, solver, engine, rule, scales, w, lam, key)
-    first = state
-    begin = int(state.step)
-    pieces: list[tuple[RunState, History]] = []  # one append: Ctrl-C never sees half a chunk
-    done, estimated, stopped = 0, 0, "num_steps"
-    try:
-        with Progress(progress, num_steps) as bar:
-            while done < num_steps:
-                length = min(chunk, num_steps - done)
-                end = done + length
-                estimate = end == num_steps or end - estimated >= (estimate_every or 1)
-                sizes = jnp.int32(length), jnp.asarray(estimate), chunk
-                state, buffer, taken = _chunk(
-                    problem, solver, engine, rule, scales, state, key, *sizes
-                )
-                rows = jax.tree.map(lambda leaf, n=int(taken): np.asarray(leaf)[:n], buffer)
-                pieces.append((state, rows))
-                done += int(taken)
-                estimated = done if estimate else estimated
-                bar.update(done, float(rows.outer_value[-1]), float(rows.grad_norm[-1]))
-                if int(state.worst) > Status.MAX_STEPS:
-                    stopped = "status"
-                elif callback is not None and callback(state, rows):
-                    stopped = "callback"
-                elif float(rows.grad_norm[-1]) <= outer_tol:
-                    stopped = "outer_tol"
-                elif patience is not None and begin + done - 1 - int(state.best.step) >= patience:
-                    stopped = "patience"
-                else:
-                    continue
-                break
-    except KeyboardInterrupt:
-        stopped = "interrupted"
+    start = (problem, solver, engine, rule, scales, w, lam, key)
+    stopped = "num_steps"
+    with opened(checkpoint, resume, data=problem, key=key) as store:
+        like = eqx.filter_eval_shape(_first_state, *start) if state is None else state
+        empty = _empty_record(problem, solver, engine, like, key)
+        saved = None if store is None else store.load(like, empty)
+        if saved is None:
+            state = _first_state(*start) if state is None else state
+            saved = Saved(state, (), int(state.step), 0)
+        begin = saved.begin
+        try:
+            with Progress(progress, num_steps) as bar:
+                while True:
+                    state, pieces = saved.state, saved.history
+                    done = sum(len(rows.status) for rows in pieces)
+                    if why := _verdict(state, pieces, outer_tol, patience):
+                        stopped = why
+                        break
+                    if done >= num_steps:
+                        break
+                    if store is not None and store.terminated:
+                        stopped = "terminated"
+                        break
+                    length = min(chunk, num_steps - done)
+                    end = done + length
+                    estimate = end == num_steps or end - saved.estimated >= (estimate_every or 1)
+                    sizes = jnp.int32(length), jnp.asarray(estimate), chunk
+                    state, buffer, taken = _chunk(
+                        problem, solver, engine, rule, scales, state, key, *sizes
+                    )
+                    rows = jax.tree.map(lambda leaf, n=int(taken): np.asarray(leaf)[:n], buffer)
+                    done += int(taken)
+                    at_estimate = done if estimate else saved.estimated
+                    # One assignment: Ctrl-C never sees half a chunk.
+                    saved = Saved(state, (*pieces, rows), begin, at_estimate)
+                    if store is not None:
+                        store.save(saved)
+                    bar.update(done, float(rows.outer_value[-1]), float(rows.grad_norm[-1]))
+                    failed = int(state.worst) > Status.MAX_STEPS
+                    if callback is not None and not failed and callback(state, rows):
+                        stopped = "callback"
+                        break
+        except KeyboardInterrupt:
+            stopped = "interrupted"
+            if store is not None:
+                store.save(saved)
 
-    state = pieces[-1][0] if pieces else first
-    history = join([rows for _, rows in pieces], _empty_record(problem, solver, engine, state, key))
+    state = saved.state
+    history = join(saved.history, empty)
     worst = int(state.worst)
     if worst <= Status.MAX_STEPS and len(history.status):
         worst = int(history.status[-1])
@@ -154,6 +174,20 @@ def run(
     if throw and worst != Status.OK:
         raise BilevelError(worst, f"run: outer step {begin + len(history.status) - 1}", result)
     return result
+
+
+def _verdict(
+    state: RunState, pieces: Sequence[History], outer_tol: float, patience: int | None
+) -> str:
+    """Why a run ends at this state; empty where it goes on."""
+    if int(state.worst) > Status.MAX_STEPS:
+        return "status"
+    if not pieces:
+        return ""
+    if float(pieces[-1].grad_norm[-1]) <= outer_tol:
+        return "outer_tol"
+    since = int(state.step) - 1 - int(state.best.step)
+    return "patience" if patience is not None and since >= patience else ""
 
 
 def _count(name: str, value: Any, low: int) -> int:
@@ -241,9 +275,8 @@ def _chunk(
 
     def with_verdict() -> tuple[Array, History]:
         last = state.step - 1
-        at_solver, at_engine = at_step((solver, engine), last)
         step_key = jax.random.fold_in(key, last)
-        info = with_estimate(problem, at_solver, at_engine, lam, h, state.engine, step_key).info
+        info = estimated(problem, solver, engine, lam, h, state.engine, step_key, last).info
         index = taken - 1
         rows = buffer._replace(
             error_estimate=buffer.error_estimate.at[index].set(info.error_estimate),

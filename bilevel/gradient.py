@@ -8,13 +8,11 @@ import jax.numpy as jnp
 from jax import Array
 
 from bilevel import validation
-from bilevel.calls import can_estimate, engine_step, init_engine
+from bilevel.calls import can_estimate, engine_step, estimated, init_engine
 from bilevel.result import BilevelError
 from hypergrad import AbstractEngine, BilevelProblem, Hypergradient
 from hypergrad.base import Solver
-from hypergrad.estimate import with_estimate
 from solvers import Status
-from solvers.fields import at_step
 from solvers.types import Tree
 
 
@@ -31,7 +29,7 @@ def hypergradient(
     """The gradient of `outer(w*(lam), lam)`, with a trust report: `(grad, w, info)`.
 
     Args:
-      problem: the two losses and their data.
+      problem: the two losses and their data, or `bilevel.Tasks` of them.
       lam: the outer variable, a pytree of floating-point arrays.
       w: where the inner solve starts, a pytree of floating-point arrays; may be left out where the
         problem has an `inner_init`, which then says where.
@@ -67,6 +65,5 @@ def _hypergradient(
     state = init_engine(problem, solver, engine, w, lam, key)
     h, state = engine_step(problem, solver, engine, w, lam, state, key, jnp.int32(0))
     if can_estimate(problem, solver, engine):
-        solver, engine = at_step((solver, engine), 0)
-        h = with_estimate(problem, solver, engine, lam, h, state, key)
+        h = estimated(problem, solver, engine, lam, h, state, key, 0)
     return h

@@ -85,8 +85,8 @@ class Problem(eqx.Module):
                 raise TypeError(f"Problem({name}=...) must be a function or None, got {value!r}.")
         self.constants = _constants(self.constants)
         self.batch_size = _pair(self.batch_size)
-        self.inner_data = _arrays("inner_data", self.inner_data)
-        self.outer_data = _arrays("outer_data", self.outer_data)
+        self.inner_data = as_arrays("inner_data", self.inner_data)
+        self.outer_data = as_arrays("outer_data", self.outer_data)
         levels = zip(("inner_data", "outer_data"), self.batch_size, strict=True)
         for name, size in levels:
             if size is None:
@@ -177,11 +177,11 @@ def _pair(batch_size: Any) -> tuple[int | None, int | None]:
     return tuple(None if size is None else int(size) for size in pair)  # type: ignore[return-value]
 
 
-def _arrays(name: str, data: Any) -> Any:
+def as_arrays(name: str, data: Any, of: str = "Problem") -> Any:
     """The data as JAX arrays, each with its own dtype."""
 
     def convert(path: Any, leaf: Any) -> Any:
-        where = f"Problem({name}=...){jax.tree_util.keystr(path)}"
+        where = f"{of}({name}=...){jax.tree_util.keystr(path)}"
         if isinstance(leaf, jax.Array):  # covers traced arrays and keys
             array = leaf
         else:

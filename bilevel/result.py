@@ -1,6 +1,7 @@
 """What a run returns, and the error it raises."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -84,7 +85,8 @@ class Result:
     state: RunState
     best: Best
     stopped: str
-    """Why the run ended: "num_steps", "outer_tol", "patience", "status" or "interrupted"."""
+    """Why the run ended: "num_steps", "outer_tol", "patience", "callback", "status", "interrupted" (Ctrl-C) or
+    "terminated" (SIGTERM)."""
 
     def __repr__(self) -> str:
         steps = len(self.history.outer_value)
@@ -113,7 +115,7 @@ def record(h: Hypergradient) -> History:
     )
 
 
-def join(pieces: list[History], empty: History) -> History:
+def join(pieces: Sequence[History], empty: History) -> History:
     """Chunks of history as one, in NumPy arrays."""
     if not pieces:
         return jax.tree.map(lambda leaf: np.zeros((0,), jnp.result_type(leaf)), empty)

@@ -11,6 +11,7 @@ import numpy as np
 from jax.core import Tracer
 
 from bilevel.problem import Problem
+from bilevel.tasks import Task, Tasks
 from hypergrad import ENGINES, AbstractEngine, BilevelProblem
 from hypergrad.base import Solver, check_proximal, has_prox
 from solvers import SOLVERS, AbstractInnerSolver, FixedPoint, Mapping, ProximalGradient
@@ -47,7 +48,8 @@ def start(problem: BilevelProblem, w: Any, lam: Any, key: jax.Array) -> Any:
     Raises TypeError for None where it has none.
     """
     if w is not None:
-        return variables("w", w)
+        w = variables("w", w)
+        return problem.stacked(w) if isinstance(problem, Tasks) else w
     if getattr(problem, "inner_init", None) is None:
         raise TypeError("w is missing: expected a start for the inner variable, or an inner_init.")
     return variables("inner_init(lam, batch)", _initial(problem, lam, key))
@@ -55,6 +57,8 @@ def start(problem: BilevelProblem, w: Any, lam: Any, key: jax.Array) -> Any:
 
 @eqx.filter_jit
 def _initial(problem: BilevelProblem, lam: Any, key: jax.Array) -> Any:
+    if isinstance(problem, Tasks):
+        return problem.initial(lam, key)
     return problem.start(None, lam, problem.inner_sampler(key)(0))
 
 
@@ -128,15 +132,21 @@ def solver(value: Any, engine: AbstractEngine, problem: BilevelProblem) -> Solve
     return cast(Solver, value)
 
 
-def problem(value: Any) -> BilevelProblem:
-    if not isinstance(value, Problem) and not isinstance(value, BilevelProblem):
-        raise TypeError(f"problem must be a bilevel.Problem, got {type(value).__name__}.")
+def problem(value: Any) -> Any:
+    if not isinstance(value, Problem | Tasks) and not isinstance(value, BilevelProblem):
+        raise TypeError(
+            f"problem must be a bilevel.Problem or bilevel.Tasks, got {type(value).__name__}."
+        )
     return value
 
 
-def losses(problem: BilevelProblem, w: Any, lam: Any) -> None:
+def losses(problem: Any, w: Any, lam: Any) -> None:
     """Both losses must take these shapes and give a floating-point scalar. Cached by loss and shapes."""
     key = jax.random.key(0)
+    if isinstance(problem, Tasks):
+        first = lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype)
+        w = jax.tree.map(first, w)
+        problem = Task(problem.problem, jax.tree.map(first, problem.task_data))
     if isinstance(problem, Problem) and problem.batch_size == (None, None):
         inner_batch, outer_batch = (
             problem.inner_data,

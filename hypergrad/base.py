@@ -70,6 +70,8 @@ class HypergradInfo(NamedTuple):
     where no kink was found, or there is no prox."""
     status: Array
     """A `Status`, int32: the worst of the solves behind this hypergradient."""
+    tasks: Any = None
+    """Of a mean over tasks: the report of each, stacked."""
 
 
 class Hypergradient(NamedTuple):

@@ -55,15 +55,16 @@ def with_estimate(
     *,
     refine: bool = False,
     rtol: Number = 1e-3,
+    probe: bool | None = None,
 ) -> Hypergradient:
     """The hypergradient with its error estimate, its bound and its corrected value filled in.
 
     Args:
       state: the engine's after the step.
       refine: return the corrected hypergradient instead of `h.grad`. The estimate is still that of
-        `h.grad`, so more than the error of what is returned. The probe for negative curvature that no
-        right-hand side excites is left out, and the products are counted in `adjoint_steps`.
+        `h.grad`, so more than the error of what is returned. The products are counted in `adjoint_steps`.
       rtol: of the corrections, where the engine has an adjoint to correct.
+      probe: look for negative curvature that no right-hand side excites; None does unless `refine`.
 
     Where the engine is implicit and undamped, what the estimate's solves found (negative curvature, a
     singular system) is a verdict on the hypergradient too.
@@ -71,7 +72,8 @@ def with_estimate(
     solver = make_solver(solver, lam)
     batches = problem.inner_sampler(key)(0), problem.outer_batch(key)
     adjoint = engine.adjoint(state)
-    probe_key = None if refine else jax.random.fold_in(key, 3)
+    probe = not refine if probe is None else probe
+    probe_key = jax.random.fold_in(key, 3) if probe else None
     found = assess(problem, solver, lam, h, *batches, probe_key, adjoint, rtol)
     info = h.info
     like = info.error_estimate.dtype

@@ -34,10 +34,13 @@ def solve(
         num_steps, tol = jnp.int32(solver.max_steps), jnp.zeros(())
     else:
         tol = tolerance(solver, w)
-        # What `judge` takes for met ends the loop: steps below rounding cost much and gain nothing.
-        stop = jnp.where(tol > 0, jnp.maximum(tol, 10 * tree.epsilon(w)), tol)
-        w, state, num_steps = run_until(solver, objective, w, state, sampler(0), stop)
+        w, state, num_steps = run_until(solver, objective, w, state, sampler(0), stop_level(tol, w))
     return w, state, judge(solver.settled(state), objective, w, sampler(0), num_steps, tol)
+
+
+def stop_level(tol: Scalar, w: Tree) -> Scalar:
+    """Where a loop ends: what `judge` takes for met, as steps below rounding cost much and gain nothing."""
+    return jnp.where(tol > 0, jnp.maximum(tol, 10 * tree.epsilon(w)), tol)
 
 
 def rounding_level(value: Scalar, w: Tree) -> Scalar:
@@ -77,25 +80,47 @@ def run_until(
     state: Any,
     batch: Any,
     tol: Scalar,
+    budget: Array | int | None = None,
 ) -> tuple[Tree, Any, Array]:
-    """Steps until the residual is at most `tol`, at most `max_steps` of them: `(w, state, steps)`."""
+    """Steps until the residual is at most `tol`, at most `budget` of them: `(w, state, steps)`.
 
-    def is_open(carry: tuple[Tree, Any, Array]) -> Array:
+    `budget` is the solver's `max_steps` where it is None.
+    """
+    budget = solver.max_steps if budget is None else budget
+
+    def is_going(carry: tuple[Tree, Any, Array]) -> Array:
         _, state, steps = carry
-        unmet = state.residual > tol.astype(state.residual.dtype)  # False for NaN: stop
-        stalled = getattr(state, "stalled", jnp.asarray(False))
-        return (steps < solver.max_steps) & unmet & ~stalled
+        return is_open(state, steps, tol, budget)
 
     def body(carry: tuple[Tree, Any, Array]) -> tuple[Tree, Any, Array]:
-        w, state, steps = carry
-        new_w, state = solver.step(objective, w, state, batch)
-        if not solver.lagged:
-            return new_w, state, steps + 1
-        # The residual belongs to the point before the step: keep that point where it is good enough.
-        met = state.residual <= tol.astype(state.residual.dtype)
-        return tree.where(met, w, new_w), state, jnp.where(met, steps, steps + 1)
+        return advance(solver, objective, *carry, batch, tol)
 
-    return jax.lax.while_loop(is_open, body, (w, state, jnp.int32(0)))
+    return jax.lax.while_loop(is_going, body, (w, state, jnp.int32(0)))
+
+
+def is_open(state: Any, steps: Array, tol: Scalar, budget: Array | int) -> Array:
+    """Whether a solve goes on."""
+    unmet = state.residual > tol.astype(state.residual.dtype)  # False for NaN: stop
+    stalled = getattr(state, "stalled", jnp.asarray(False))
+    return (steps < budget) & unmet & ~stalled
+
+
+def advance(
+    solver: AbstractInnerSolver,
+    objective: ObjectiveFn,
+    w: Tree,
+    state: Any,
+    steps: Array,
+    batch: Any,
+    tol: Scalar,
+) -> tuple[Tree, Any, Array]:
+    """One step of a solve to a tolerance: `(w, state, steps)`."""
+    new_w, state = solver.step(objective, w, state, batch)
+    if not solver.lagged:
+        return new_w, state, steps + 1
+    # The residual belongs to the point before the step: keep that point where it is good enough.
+    met = state.residual <= tol.astype(state.residual.dtype)
+    return tree.where(met, w, new_w), state, jnp.where(met, steps, steps + 1)
 
 
 def run_steps(

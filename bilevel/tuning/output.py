@@ -116,9 +116,20 @@ def put(final: Path, write: Callable[[Any], object], force: bool) -> None:
             # A link fails where the name exists, a rename would replace a file that appeared during
             # the run.
             _link(temporary, final)
+        _sync(final.parent)
     finally:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
+
+
+def _sync(directory: Path) -> None:
+    """The new name on disk too, where the system lets a directory be opened."""
+    with contextlib.suppress(OSError):
+        handle = os.open(directory, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def _link(temporary: str, final: Path) -> None:

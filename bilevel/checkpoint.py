@@ -1,0 +1,310 @@
+"""Checkpoints of a run: a directory of npz files, each of them whole, and each enough to go on from."""
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import signal
+import tempfile
+import threading
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bilevel.result import History, RunState, join
+from bilevel.tuning.files import load_arrays
+from bilevel.tuning.output import put, versions
+
+try:
+    import fcntl
+except ImportError:  # Windows: nothing then stops two runs from using one directory
+    fcntl = None
+
+FORMAT = 1
+KEEP = 3
+"""Checkpoints kept, newest first; each holds the best pair as well."""
+
+
+class Saved(NamedTuple):
+    """What a checkpoint holds."""
+
+    state: RunState
+    history: tuple[History, ...]
+    """Of the chunks, in order."""
+    begin: int
+    """Outer step at which the run began."""
+    estimated: int
+    """Steps done at the last error estimate."""
+
+
+class Store:
+    """Checkpoints in `directory`, under a lock. Usable only within `opened`.
+
+    A save that would take more than a twentieth of the time since the last one is put off, so that short
+    chunks cost little; `finish` writes what is due.
+    """
+
+    slack = 20
+    """Time between saves over the time of one."""
+
+    def __init__(self, directory: Path, identity: dict[str, str]) -> None:
+        self.directory = directory
+        self.identity = identity
+        self.terminated = False
+        self._due: Saved | None = None
+        self._last: Saved | None = None
+        self._cost, self._ended = 0.0, -np.inf
+
+    def files(self) -> list[Path]:
+        """Checkpoints, newest first."""
+        found = self.directory.glob("step-*.npz")
+        return sorted(filter(lambda p: re.fullmatch(r"step-\d{12}", p.stem), found), reverse=True)
+
+    def load(self, state: RunState, history: History) -> Saved | None:
+        """The newest checkpoint that can be read, None where there are none.
+
+        The arguments give structure, shapes and dtypes. Raises ValueError for those of another problem,
+        and where no file can be read.
+        """
+        reasons = []
+        for path in self.files():
+            try:
+                meta, arrays = _read(path)
+            except ValueError as error:
+                reasons.append(f"{path.name}: {error}")
+                continue
+            saved = self._restore(path, meta, arrays, state, history)
+            if reasons:
+                warnings.warn(
+                    f"resuming from {path.name}, as newer checkpoints cannot be read: "
+                    + "; ".join(reasons),
+                    RuntimeWarning,
+                    stacklevel=3,
+                )
+            return saved
+        if reasons:
+            raise ValueError(
+                f"no checkpoint in {str(self.directory)!r} can be read ({'; '.join(reasons)}); "
+                "expected at least one whole file, or another directory for a new run."
+            )
+        return None
+
+    def _restore(
+        self, path: Path, meta: dict[str, Any], arrays: list[np.ndarray], state: Any, history: Any
+    ) -> Saved:
+        leaves, treedef = jax.tree.flatten((state, history))
+        was, now = dict(meta["leaves"]), dict(_describe((state, history)))
+        where = f"{str(path)!r} is of another run: "
+        for name in {**was, **now}:
+            if was.get(name) != now.get(name):
+                raise ValueError(
+                    f"{where}{name} is {was.get(name, 'absent')} there and {now.get(name, 'absent')} "
+                    "here; expected the same problem, solver, engine and outer rule, or another directory."
+                )
+        for name, digest in self.identity.items():
+            if meta["identity"].get(name) != digest:
+                raise ValueError(
+                    f"{where}the {name} has other values; expected the same {name}, or another directory."
+                )
+        there, here = meta["versions"], _versions()
+        changed = [f"{n} {there.get(n)} -> {here[n]}" for n in here if there.get(n) != here[n]]
+        if changed:
+            warnings.warn(
+                f"{path.name} was saved with other versions ({', '.join(changed)}): numbers may "
+                "differ in rounding from those of a run without a break.",
+                RuntimeWarning,
+                stacklevel=4,
+            )
+        values = [
+            _from_host(array, leaf, impl)
+            for array, leaf, impl in zip(arrays, leaves, meta["keys"], strict=True)
+        ]
+        new_state, rows = jax.tree.unflatten(treedef, values)
+        rows = jax.tree.map(np.asarray, rows)
+        return Saved(new_state, (rows,), int(meta["begin"]), int(meta["estimated"]))
+
+    def save(self, saved: Saved) -> None:
+        """Write a checkpoint now, or later where that would slow the run down."""
+        if not saved.history or saved is self._last:
+            return
+        self._due = self._last = saved
+        if time.perf_counter() - self._ended >= self.slack * self._cost:
+            self.finish()
+
+    def finish(self) -> None:
+        """Write what is due. A failure (a full disk) is a warning: older checkpoints are not touched."""
+        if self._due is None:
+            return
+        started = time.perf_counter()
+        saved = self._due
+        step = int(saved.state.step)
+        tree = (saved.state, join(saved.history, saved.history[0]))
+        leaves = jax.tree.leaves(tree)
+        meta = {
+            "format": FORMAT,
+            "versions": _versions(),
+            "leaves": _describe(tree),
+            "keys": [str(jax.random.key_impl(x)) if _is_key(x) else "" for x in leaves],
+            "identity": self.identity,
+            "begin": saved.begin,
+            "estimated": saved.estimated,
+        }
+        arrays = {f"leaf_{i}": _to_host(leaf) for i, leaf in enumerate(leaves)}
+        arrays["meta"] = np.asarray(json.dumps(meta))
+        # NumPy's stub takes any `**arrays` for its boolean option `allow_pickle`.
+        write = lambda file: np.savez(file, **arrays)  # type: ignore[arg-type]
+        try:
+            put(self.directory / f"step-{step:012d}.npz", write, force=True)
+            for path in self.files()[KEEP:]:
+                path.unlink()
+            self._due = None
+        except OSError as error:
+            kept = self.files()
+            warnings.warn(
+                f"could not save step {step} to {str(self.directory)!r} ({error.strerror}); the run goes "
+                f"on, and the last checkpoint is {kept[0].name if kept else 'none'}.",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+        self._ended = time.perf_counter()
+        self._cost = self._ended - started
+
+
+@contextlib.contextmanager
+def opened(directory: Any, resume: bool, **identity: Any) -> Iterator[Store | None]:
+    """The store of a run, None without a directory.
+
+    Leaving it, also by an exception, writes what is due. Until then SIGTERM only sets `terminated`.
+    Raises ValueError where the directory cannot be written, is in use, or, unless `resume`, holds
+    checkpoints.
+    """
+    if directory is None:
+        if resume:
+            raise ValueError("resume=True needs checkpoint=..., the directory to resume from.")
+        yield None
+        return
+    folder = Path(directory)
+    with contextlib.ExitStack() as stack:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = stack.enter_context(open(folder / "lock", "a+"))
+            _lock(folder, lock)
+            # The only sure test of a writable directory is to write.
+            with tempfile.NamedTemporaryFile(dir=folder, prefix=".bilevel-"):
+                pass
+            for path in folder.glob(".bilevel-*"):  # of a save that was killed
+                path.unlink()
+        except OSError as error:
+            raise ValueError(
+                f"cannot write checkpoints to {str(folder)!r} ({error.strerror}); expected a writable "
+                "directory."
+            ) from error
+        store = Store(folder, {name: _digest(value) for name, value in identity.items()})
+        files = store.files()
+        if files and not resume:
+            raise ValueError(
+                f"{str(folder)!r} holds checkpoints of an earlier run (up to {files[0].name}); expected "
+                "resume=True to go on with it, or another directory."
+            )
+        stack.callback(store.finish)
+        stack.enter_context(_on_sigterm(store))
+        yield store
+
+
+def _lock(folder: Path, lock: Any) -> None:
+    if fcntl is None:
+        return
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process, however that ends
+    except BlockingIOError:
+        lock.seek(0)
+        raise ValueError(
+            f"another run (process {lock.read() or '?'}) writes to {str(folder)!r}; expected another "
+            "directory, or that it ends first."
+        ) from None
+    lock.truncate(0)
+    lock.write(str(os.getpid()))
+    lock.flush()
+
+
+@contextlib.contextmanager
+def _on_sigterm(store: Store) -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def note(signum: int, frame: Any) -> None:
+        store.terminated = True
+
+    before = signal.signal(signal.SIGTERM, note)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
+
+
+def _read(path: Path) -> tuple[dict[str, Any], list[np.ndarray]]:
+    """Raises ValueError for a file that is cut short, damaged, or of another format."""
+    arrays = load_arrays(path)
+    try:
+        meta = json.loads(str(arrays["meta"]))
+        if meta["format"] != FORMAT:
+            raise ValueError(
+                f"it has format {meta['format']}, of bilevel {meta['versions'].get('bilevel')}, and "
+                f"this version reads format {FORMAT}"
+            )
+        return meta, [arrays[f"leaf_{i}"] for i in range(len(meta["leaves"]))]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"it is no checkpoint ({error!r})") from error
+
+
+def _versions() -> dict[str, str]:
+    return {
+        name: value for name, value in versions().items() if name in ("bilevel", "jax", "jaxlib")
+    }
+
+
+def _describe(tree: tuple[RunState, History]) -> list[tuple[str, str]]:
+    """Name and type of each leaf; the length of the history is no part of it."""
+    state, history = tree
+    named = [(f"state{jax.tree_util.keystr(path)}", leaf) for path, leaf in _leaves(state)]
+    found = [(name, f"{leaf.dtype}{list(leaf.shape)}") for name, leaf in named]
+    named = [(f"history{jax.tree_util.keystr(path)}", leaf) for path, leaf in _leaves(history)]
+    return found + [(name, str(leaf.dtype)) for name, leaf in named]
+
+
+def _leaves(tree: Any) -> list[tuple[Any, Any]]:
+    return jax.tree_util.tree_flatten_with_path(tree)[0]
+
+
+def _is_key(leaf: Any) -> bool:
+    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _to_host(leaf: Any) -> np.ndarray:
+    return np.asarray(jax.random.key_data(leaf) if _is_key(leaf) else leaf)
+
+
+def _from_host(array: np.ndarray, like: Any, impl: str) -> Any:
+    if impl:
+        return jax.random.wrap_key_data(jnp.asarray(array), impl=impl)
+    # npz gives dtypes that NumPy does not have (bfloat16) back as bytes.
+    return jnp.asarray(array if array.dtype == like.dtype else array.view(like.dtype))
+
+
+def _digest(tree: Any) -> str:
+    """Of shapes, dtypes and values of all arrays."""
+    found = hashlib.blake2b(digest_size=16)
+    for leaf in jax.tree.leaves(eqx.filter(tree, eqx.is_array)):
+        array = _to_host(leaf)
+        found.update(f"{leaf.dtype}{leaf.shape}".encode())
+        found.update(array.tobytes())
+    return found.hexdigest()

@@ -1,0 +1,208 @@
+"""Checkpoints: the bits of a run without a break, whatever breaks it; and nothing lost, whatever else fails."""
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import bilevel as bl
+from bilevel import checkpoint
+
+STEPS = 24
+X = np.random.default_rng(0).standard_normal((2, 12, 3))
+KEY = 5
+
+
+def inner(w, lam, X):
+    return 0.5 * jnp.mean((X @ w - X[:, 0]) ** 2) + 0.5 * jnp.sum(lam["p"] * w**2)
+
+
+def outer(w, lam, X):
+    return jnp.mean((X @ w - 0.5 * X[:, 0]) ** 2)
+
+
+def run(directory=None, num_steps=STEPS, **kwargs) -> bl.Result:
+    """Minibatches, Adam and L-BFGS: keys, counters and memories all matter."""
+    data = kwargs.pop("data", X)
+    problem = bl.Problem(inner, outer, *data, batch_size=(None, 5))
+    lam, w = {"p": jnp.full(kwargs.pop("size", 3), 0.3)}, jnp.zeros(3)
+    key = jax.random.key(kwargs.pop("seed", KEY))
+    settings = {"chunk": 2, "estimate_every": 4, "key": key} | kwargs
+    return bl.run(problem, lam, w, num_steps=num_steps, checkpoint=directory, **settings)
+
+
+@pytest.fixture(scope="module")
+def whole() -> bl.Result:
+    return run()
+
+
+def same(found: bl.Result, expected: bl.Result) -> None:
+    for field in ("lam", "w", "history", "state", "best"):
+        jax.tree.map(np.testing.assert_array_equal, getattr(found, field), getattr(expected, field))
+    types = lambda result: [(leaf.dtype, leaf.weak_type) for leaf in jax.tree.leaves(result.state)]
+    assert types(found) == types(expected)
+
+
+def files(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.glob("step-*"))
+
+
+CHILD = """
+import sys, time
+sys.path[:0] = sys.argv[2:4]
+import jax
+jax.config.update("jax_enable_x64", True)
+jax.config.update("jax_compilation_cache_dir", sys.argv[4] or None)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
+import test_checkpoint
+test_checkpoint.run(sys.argv[1], resume=True, callback=lambda *_: time.sleep(0.1))
+"""
+
+
+def test_killed_processes_leave_no_trace_in_the_result(tmp_path, whole):
+    here = Path(__file__).parent
+    cache = jax.config.jax_compilation_cache_dir or ""  # type: ignore[attr-defined]
+    arguments = [str(tmp_path), str(here), str(here.parents[1]), cache]
+    rng = np.random.default_rng()
+    for kill in range(2):
+        before = files(tmp_path)
+        child = subprocess.Popen([sys.executable, "-c", CHILD, *arguments])
+        while files(tmp_path) == before and child.poll() is None:
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0, 0.3))
+        assert child.poll() is None
+        child.kill()
+        child.wait()
+        assert f"step-{STEPS:012d}.npz" not in files(tmp_path), kill
+    (tmp_path / ".bilevel-half").write_bytes(b"PK")  # of a save that was killed
+    same(run(tmp_path, resume=True), whole)
+    assert not list(tmp_path.glob(".bilevel-*")) and len(files(tmp_path)) == checkpoint.KEEP
+    same(run(tmp_path, resume=True), whole)  # nothing is left to do
+
+
+def test_signals_save_and_end_with_what_can_be_resumed(tmp_path, whole):
+    def at(step, action):
+        return lambda state, history: action() if int(state.step) == step else None
+
+    def interrupt():
+        raise KeyboardInterrupt
+
+    handler = signal.getsignal(signal.SIGTERM)
+    first = run(tmp_path, callback=at(4, lambda: os.kill(os.getpid(), signal.SIGTERM)))
+    assert first.stopped == "terminated" and len(first.history.status) == 4
+    assert signal.getsignal(signal.SIGTERM) == handler
+    second = run(tmp_path, resume=True, callback=at(10, interrupt))
+    assert second.stopped == "interrupted" and len(second.history.status) == 10
+    with pytest.raises(ZeroDivisionError):  # a user's own error loses no chunk either
+        run(tmp_path, resume=True, callback=at(14, lambda: 1 / 0))
+    assert files(tmp_path)[-1] == "step-000000000014.npz"
+    same(run(tmp_path, resume=True), whole)
+    stopped = run(tmp_path, resume=True, outer_tol=1e9)  # an ended run is not stepped on
+    same(stopped, whole)
+    assert stopped.stopped == "outer_tol"
+
+
+def test_damaged_files_fall_back_to_the_last_good_one(tmp_path, whole, monkeypatch):
+    monkeypatch.setattr(checkpoint.Store, "slack", 0)
+    run(tmp_path, num_steps=STEPS)
+    paths = sorted(tmp_path.glob("step-*"))
+    assert len(paths) == checkpoint.KEEP
+    paths[-1].write_bytes(paths[-1].read_bytes()[:-100])
+    data = bytearray(paths[-2].read_bytes())
+    data[len(data) // 2] ^= 1  # one bit
+    paths[-2].write_bytes(data)
+    with pytest.warns(RuntimeWarning, match=rf"{paths[-1].name}: .*{paths[-2].name}: "):
+        same(run(tmp_path, resume=True), whole)
+    for path in tmp_path.glob("step-*"):
+        path.write_bytes(b"")
+    with pytest.raises(ValueError, match="no checkpoint in .* can be read"):
+        run(tmp_path, resume=True)
+
+
+def rewrite(path: Path, change) -> None:
+    with np.load(path) as arrays:
+        found = dict(arrays)
+    meta = json.loads(str(found["meta"]))
+    change(meta)
+    found["meta"] = np.asarray(json.dumps(meta))
+    np.savez(path, **found)
+
+
+def test_another_problem_version_or_run_is_told(tmp_path, whole, monkeypatch):
+    run(tmp_path, num_steps=4)
+    for change, match in [
+        ({"size": 1}, r"state.lam\['p'\] is float64\[3\] there and float64\[1\] here"),
+        ({"data": 2 * X}, "the data has other values"),
+        ({"seed": KEY + 1}, "the key has other values"),
+        ({"outer": optax.sgd(0.1, momentum=0.9)}, "state.outer.* absent here"),
+        ({"resume": False}, "earlier run .*resume=True"),
+    ]:
+        with pytest.raises(ValueError, match=match):
+            run(tmp_path, **({"resume": True} | change))
+    with pytest.raises(ValueError, match="resume=True needs checkpoint"):
+        run(resume=True)
+    with checkpoint.opened(tmp_path, True), pytest.raises(ValueError, match=f"{os.getpid()}"):
+        run(tmp_path, resume=True)
+    path = tmp_path / "step-000000000004.npz"
+    rewrite(path, lambda meta: meta["versions"].update(jax="0.0.1"))
+    with pytest.warns(RuntimeWarning, match="jax 0.0.1 -> "):
+        run(tmp_path, num_steps=6, resume=True)
+    for name in files(tmp_path):
+        rewrite(tmp_path / name, lambda meta: meta.update(format=99))
+    with pytest.raises(ValueError, match="format 99, of bilevel"):
+        run(tmp_path, resume=True)
+
+
+def test_a_disk_that_fails_costs_no_result(tmp_path, whole):
+    for bad in (tmp_path / "file" / "below", Path("/proc/none")):
+        (tmp_path / "file").touch()
+        with pytest.raises(ValueError, match="expected a writable directory"):
+            run(bad)
+    directory = tmp_path / "run"
+    run(directory, num_steps=4)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:  # the system refuses to write more: as on a full disk
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+        with pytest.warns(RuntimeWarning, match="could not save step .* step-000000000004.npz"):
+            same(run(directory, resume=True), whole)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert files(directory)[-1] == "step-000000000004.npz"
+    assert not list(directory.glob(".bilevel-*"))
+    same(run(directory, resume=True), whole)
+
+
+def test_every_kind_of_leaf_comes_back(tmp_path, whole):
+    odd = {
+        "key": jax.random.split(jax.random.key(3, impl="rbg"), 2),
+        "none": None,
+        "half": jnp.asarray([1.5, -0.1], jnp.bfloat16),
+        "flag": jnp.asarray(True),
+        "empty": jnp.zeros((0, 3)),
+        "pair": (jnp.int8(-3), jnp.float32(jnp.nan)),
+    }
+    state = whole.state._replace(engine=odd)
+    with checkpoint.opened(tmp_path, False) as store:
+        assert store.load(state, whole.history) is None
+        store.save(checkpoint.Saved(state, (whole.history, whole.history), 3, 4))
+        store.finish()
+        found = store.load(jax.eval_shape(lambda: state), whole.history)
+    assert jax.tree.structure(found.state) == jax.tree.structure(state)
+    assert (found.begin, found.estimated) == (3, 4)
+    assert len(found.history[0].status) == 2 * STEPS
+    bits = lambda leaf: (
+        jax.random.key_data(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf
+    )
+    for a, b in zip(jax.tree.leaves(found.state), jax.tree.leaves(state), strict=True):
+        assert a.dtype == b.dtype
+        np.testing.assert_array_equal(bits(a), bits(b))
