@@ -11,7 +11,8 @@ if TYPE_CHECKING:
     from bilevel import glm, schedules, transforms
     from bilevel.checks import Check, check
     from bilevel.driver import run
-    from bilevel.gradient import hypergradient
+    from bilevel.footprint import Memory
+    from bilevel.gradient import hypergradient, memory
     from bilevel.outer import HOAG, MAID, Adaptive
     from bilevel.problem import Problem
     from bilevel.result import BilevelError, History, Result, RunState
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
         AbstractEngine,
         Constants,
         Exact,
+        Forward,
         Hypergradient,
         HypergradInfo,
         Implicit,
@@ -72,6 +74,7 @@ __all__ = [
     "Constants",
     "Dense",
     "Exact",
+    "Forward",
     "GradientDescent",
     "History",
     "HypergradInfo",
@@ -79,6 +82,7 @@ __all__ = [
     "Implicit",
     "Jacobi",
     "JaxoptSolver",
+    "Memory",
     "Moreau",
     "Neumann",
     "Newton",
@@ -96,6 +100,7 @@ __all__ = [
     "check",
     "glm",
     "hypergradient",
+    "memory",
     "prox",
     "run",
     "schedules",
@@ -105,7 +110,8 @@ __all__ = [
 _HOMES = {
     "bilevel.checks": {"Check", "check"},
     "bilevel.driver": {"run"},
-    "bilevel.gradient": {"hypergradient"},
+    "bilevel.footprint": {"Memory"},
+    "bilevel.gradient": {"hypergradient", "memory"},
     "bilevel.outer": {"HOAG", "MAID", "Adaptive"},
     "bilevel.problem": {"Problem"},
     "bilevel.result": {"BilevelError", "History", "Result", "RunState"},
@@ -114,6 +120,8 @@ _HOMES = {
         "AbstractEngine",
         "Constants",
         "Exact",
+        "Forward",
+    "Forward",
         "HypergradInfo",
         "Hypergradient",
         "Implicit",
