@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from bilevel.checks import Check, check
     from bilevel.driver import run
     from bilevel.footprint import Memory
-    from bilevel.gradient import hypergradient, memory
+    from bilevel.gradient import hypergradient, memory, truncation
     from bilevel.outer import HOAG, MAID, Adaptive
     from bilevel.problem import Problem
     from bilevel.result import BilevelError, History, Result, RunState
@@ -105,13 +105,14 @@ __all__ = [
     "run",
     "schedules",
     "transforms",
+    "truncation",
 ]
 
 _HOMES = {
     "bilevel.checks": {"Check", "check"},
     "bilevel.driver": {"run"},
     "bilevel.footprint": {"Memory"},
-    "bilevel.gradient": {"hypergradient", "memory"},
+    "bilevel.gradient": {"hypergradient", "memory", "truncation"},
     "bilevel.outer": {"HOAG", "MAID", "Adaptive"},
     "bilevel.problem": {"Problem"},
     "bilevel.result": {"BilevelError", "History", "Result", "RunState"},
@@ -121,7 +122,6 @@ _HOMES = {
         "Constants",
         "Exact",
         "Forward",
-    "Forward",
         "HypergradInfo",
         "Hypergradient",
         "Implicit",

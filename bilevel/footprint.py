@@ -84,7 +84,9 @@ def _first_that_fits(program: Any, engine: Any, budget: int, args: Any) -> Memor
         tried.append(measured(program, setting, *args))
         if tried[-1].peak <= budget:
             return tried[-1]
-        if len(tried) > 1 and tried[-1].peak >= tried[-2].peak:  # more levels cost more from here on
+        if (
+            len(tried) > 1 and tried[-1].peak >= tried[-2].peak
+        ):  # more levels cost more from here on
             break
     least = min(tried, key=lambda memory: memory.peak)
     raise ValueError(

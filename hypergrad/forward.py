@@ -91,7 +91,10 @@ class Forward(AbstractEngine):
 
         def steps(lam: Tree, carry: Any, num_steps: int, start: int) -> Any:
             inner_solver, objective = make_solver(solver, lam), problem.inner_objective(lam)
-            return run_steps(inner_solver, objective, *carry, sampler, num_steps, start=start)
+            first, inner_state = carry
+            return run_steps(
+                inner_solver, objective, first, inner_state, sampler, num_steps, start=start
+            )
 
         def trained(flat: Array) -> tuple[Array, Tree]:
             lam = unflatten(flat)

@@ -123,9 +123,10 @@ class Unrolled(AbstractEngine):
             return first, jax.tree.map(_where_unchanged, inner_state, fresh)
 
         if head:  # outside the differentiated function
-            at_start = begin(lam)[0], sampler(0)
+            first, inner_state = begin(lam)
+            at_start = first, sampler(0)
             objective = problem.inner_objective(lam)
-            prefix = run_steps(first_solver, objective, *begin(lam), sampler, head)
+            prefix = run_steps(first_solver, objective, first, inner_state, sampler, head)
 
         weights = None if self.mixture is None else _weights(self.mixture, tail)
 
@@ -208,7 +209,7 @@ class _Steps(NamedTuple):
     weights: Array | None
     start: int
 
-    def step(self, objective: None, w: Tree, state: Any, batch: Any) -> tuple[Tree, Any]:
+    def step(self, _: None, w: Tree, state: Any, batch: Any) -> tuple[Tree, Any]:
         index, batch = batch
         lam, shift = self.lam, self.shift
         if self.weights is not None:
