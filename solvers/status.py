@@ -46,8 +46,9 @@ _ADVICE = {
     Status.NONFINITE: (
         "a NaN or infinity appeared. Look for NaN in the data, a learning rate that is too large, a "
         "logarithm or square root at zero. When unrolling Adam or another rule with a square root, set "
-        "`eps_root` (`optax.adam(..., eps_root=1e-8)`; larger where `info.growth` is large): a root has no "
-        "derivative at a gradient entry that is zero; nor has clipping by the norm at a zero gradient (clip by value, `optax.clip`, instead)."
+        "`eps_root` (`optax.adam(..., eps_root=1e-8)`; larger where `info.growth` is large): a root has "
+        "no derivative at a gradient entry that is zero; nor has clipping by the norm at a zero gradient "
+        "(clip by value, `optax.clip`, instead)."
     ),
 }
 

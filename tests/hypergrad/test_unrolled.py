@@ -392,7 +392,7 @@ def test_compiled_memory_follows_the_model():
     assert 0.95 < (many[1] - few[1]) / (one * (4096 - 256)) < 1.3
     grown = many[2] - few[2]  # from 16 to 64 blocks of 16 and 64 steps
     assert 0.9 < grown / (3 * one * (64 - 16)) < 1.3, grown
-    assert temporary(4096, checkpoint=False) > 50 * many[2]
+    assert temporary(4096, checkpoint=False) > 40 * many[2]
 
 
 def test_a_budget_chooses_the_fastest_setting_that_fits():
