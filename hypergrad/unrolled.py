@@ -50,7 +50,7 @@ class Unrolled(AbstractEngine):
 
     `levels` is how much is recomputed instead of stored: 1 keeps the state before each of the T steps; 2 about
     2 sqrt(T) states, for one more forward pass; L about L T^(1/L) states, for L - 1 more.
-    `checkpoint=False` stores all intermediates, and is the slowest too. `memory_budget="2GB"` (or bytes)
+    `checkpoint=False` stores all intermediates. `memory_budget="2GB"` (or bytes)
     replaces `levels`: before it runs, `hypergradient` or `run` compiles with 1, 2, ... levels and takes the
     first whose memory fits, by XLA's own account; where none does they raise ValueError.
 
