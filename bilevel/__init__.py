@@ -11,7 +11,8 @@ if TYPE_CHECKING:
     from bilevel import glm, schedules, transforms
     from bilevel.checks import Check, check
     from bilevel.driver import run
-    from bilevel.gradient import hypergradient
+    from bilevel.footprint import Memory
+    from bilevel.gradient import hypergradient, memory, truncation
     from bilevel.outer import HOAG, MAID, Adaptive
     from bilevel.problem import Problem
     from bilevel.result import BilevelError, History, Result, RunState
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
         AbstractEngine,
         Constants,
         Exact,
+        Forward,
         Hypergradient,
         HypergradInfo,
         Implicit,
@@ -78,6 +80,7 @@ __all__ = [
     "Dense",
     "Exact",
     "FixedPoint",
+    "Forward",
     "GradientDescent",
     "History",
     "HypergradInfo",
@@ -86,6 +89,7 @@ __all__ = [
     "Jacobi",
     "JaxoptSolver",
     "Mapping",
+    "Memory",
     "Moreau",
     "Neumann",
     "Newton",
@@ -105,17 +109,20 @@ __all__ = [
     "glm",
     "hypergradient",
     "implicit",
+    "memory",
     "optimality",
     "prox",
     "run",
     "schedules",
     "transforms",
+    "truncation",
 ]
 
 _HOMES = {
     "bilevel.checks": {"Check", "check"},
     "bilevel.driver": {"run"},
-    "bilevel.gradient": {"hypergradient"},
+    "bilevel.footprint": {"Memory"},
+    "bilevel.gradient": {"hypergradient", "memory", "truncation"},
     "bilevel.outer": {"HOAG", "MAID", "Adaptive"},
     "bilevel.problem": {"Problem"},
     "bilevel.result": {"BilevelError", "History", "Result", "RunState"},
@@ -125,6 +132,7 @@ _HOMES = {
         "AbstractEngine",
         "Constants",
         "Exact",
+        "Forward",
         "HypergradInfo",
         "Hypergradient",
         "Implicit",

@@ -16,13 +16,11 @@ from solvers.types import Tree
 
 def can_estimate(problem: BilevelProblem, solver: Solver, engine: AbstractEngine) -> bool:
     """Whether the engine's hypergradient can and should be compared with the implicit one."""
-    wanted = getattr(engine, "estimate", None)
-    wanted = engine.estimates if wanted is None else wanted
     if getattr(engine, "refine", False):  # each step has one already
         return False
     # Outer variables that act through the start or the solver have no implicit derivative.
     implicit = isinstance(solver, AbstractInnerSolver)
-    return wanted and implicit and getattr(problem, "inner_init", None) is None
+    return engine.wants_estimate() and implicit and getattr(problem, "inner_init", None) is None
 
 
 @eqx.filter_jit

@@ -14,6 +14,7 @@ from jax import Array
 from bilevel import transforms, validation
 from bilevel.calls import can_estimate, engine_step, estimated, init_engine
 from bilevel.checkpoint import Saved, opened
+from bilevel.footprint import fitted
 from bilevel.outer.base import Evaluation, OuterMethod, at_accuracy, check
 from bilevel.progress import Progress
 from bilevel.result import Best, BilevelError, History, Result, RunState, join, record
@@ -137,9 +138,10 @@ def run(
                     end = done + length
                     estimate = end == num_steps or end - saved.estimated >= (estimate_every or 1)
                     sizes = jnp.int32(length), jnp.asarray(estimate), chunk
-                    state, buffer, taken = _chunk(
-                        problem, solver, engine, rule, scales, state, key, *sizes
-                    )
+                    args = (problem, solver, rule, scales, state, key, *sizes)
+                    if getattr(engine, "memory_budget", None) is not None:
+                        engine = fitted(_chunk, engine, *args).engine
+                    state, buffer, taken = _chunk(engine, *args)
                     rows = jax.tree.map(lambda leaf, n=int(taken): np.asarray(leaf)[:n], buffer)
                     done += int(taken)
                     at_estimate = done if estimate else saved.estimated
@@ -224,9 +226,9 @@ def _empty_record(problem, solver, engine, state, key) -> History:
 
 @eqx.filter_jit
 def _chunk(
+    engine,
     problem,
     solver,
-    engine,
     rule,
     scales,
     state: RunState,

@@ -253,6 +253,7 @@ def _together(each: HypergradInfo, norms: Array, norm: Array) -> HypergradInfo:
         corrected_value=jnp.mean(each.corrected_value),
         damping=jnp.max(each.damping),
         margin=jnp.nanmin(each.margin),
+        growth=jnp.max(each.growth),
         status=jnp.max(each.status),
         tasks=each,
     )

@@ -107,11 +107,10 @@ def solver(value: Any, engine: AbstractEngine, problem: BilevelProblem) -> Solve
                 f"{name} needs the derivatives of an inner loss, which {type(value).__name__} does not "
                 "minimise. Use the engine Implicit or Unrolled, or a solver such as LBFGS."
             )
-        unrolls = name == "Unrolled"
-        if unrolls and not value.unrollable:
+        if engine.through_steps and not value.unrollable:
             raise ValueError(
                 f"{name} differentiates through the inner solver's steps, and "
-                f"{type(value).__name__} has a line search that reverse mode cannot pass. Use "
+                f"{type(value).__name__} has a line search that it cannot pass. Use "
                 "GradientDescent, ProximalGradient or OptaxSolver, or the engine Implicit."
             )
     elif not callable(value) or isinstance(value, type):

@@ -5,6 +5,7 @@ from hypergrad.base import AbstractEngine, BilevelProblem, Hypergradient, Hyperg
 from hypergrad.certificate import Constants
 from hypergrad.exact import Exact
 from hypergrad.f2sa import F2SA
+from hypergrad.forward import Forward
 from hypergrad.implicit import Implicit
 from hypergrad.moreau import Moreau
 from hypergrad.one_step import OneStep
@@ -19,6 +20,7 @@ __all__ = [
     "BilevelProblem",
     "Constants",
     "Exact",
+    "Forward",
     "HypergradInfo",
     "Hypergradient",
     "Implicit",

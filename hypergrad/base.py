@@ -68,6 +68,9 @@ class HypergradInfo(NamedTuple):
     margin: Array
     """Distance of the inner solution from a kink of the inner prox, on the scale of the inner gradient; NaN
     where no kink was found, or there is no prox."""
+    growth: Array
+    """The norm of the outer loss's derivative in the inner variable before the differentiated steps, over
+    that after them; NaN where no steps are differentiated in reverse."""
     status: Array
     """A `Status`, int32: the worst of the solves behind this hypergradient."""
     tasks: Any = None
@@ -97,6 +100,8 @@ class AbstractEngine(Settings):
     """Whether inner problems with a prox are differentiated right."""
     fixed_points: ClassVar[bool] = False
     """Whether solutions of `FixedPoint` are differentiated right; else a `Mapping` is solved as a loss."""
+    through_steps: ClassVar[bool] = False
+    """Whether the inner solver's steps are differentiated."""
     needs_implicit: ClassVar[bool] = False
     """Whether the derivative ignores how the inner solver got there (its start and its settings)."""
 
@@ -109,6 +114,11 @@ class AbstractEngine(Settings):
         self, problem: BilevelProblem, solver: Solver, w: Tree, lam: Tree, state: Any, key: Array
     ) -> tuple[Hypergradient, Any]:
         """Inner solve from `w` and hypergradient at `lam`."""
+
+    def wants_estimate(self) -> bool:
+        """Whether to compare with the implicit hypergradient: its own `estimate`, else the default."""
+        wanted = getattr(self, "estimate", None)
+        return self.estimates if wanted is None else wanted
 
     def adjoint(self, state: Any) -> Tree | None:
         """The solution of the adjoint system that the last step found; None where the engine has none."""
@@ -153,6 +163,7 @@ def make_info(
     corrected_value: Array | None = None,
     damping: Array | float = 0.0,
     margin: Array | None = None,
+    growth: Array | None = None,
 ) -> HypergradInfo:
     """The report, with the worst status of all parts and of what is not finite."""
     nan = jnp.full((), jnp.nan, inner.residual.dtype)
@@ -168,5 +179,6 @@ def make_info(
         corrected_value=nan if corrected_value is None else corrected_value,
         damping=jnp.asarray(damping, nan.dtype),
         margin=nan if margin is None else margin,
+        growth=nan if growth is None else growth.astype(nan.dtype),
         status=combine(inner.status, broken, *statuses),
     )

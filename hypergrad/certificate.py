@@ -48,11 +48,13 @@ def error_bound(
     outer_batch: Tree,
     constants: Constants,
 ) -> Array:
-    """An upper bound of `||grad - true|| / ||grad||` for an implicit hypergradient, shape ().
+    """An upper bound of `||grad - true|| / ||grad||` for a hypergradient with an adjoint, shape ().
 
-    With e = ||dg/dw|| / mu at the returned `w`, q the adjoint and r = ||H q - dF/dw||:
+    With e = ||dg/dw|| / mu at the returned `w`, q the adjoint, r = ||H q - dF/dw||, and
+    s = ||grad - (dF/dlam - C q)||, which is rounding where grad is made of q, and what the steps differ from
+    the last point where it was unrolled:
 
-        ||grad - true|| <= e (L_lamF + L_C ||q||) + (||C|| + L_C e) / mu (r + e (L_F + L_H ||q||))
+        ||grad - true|| <= s + e (L_lamF + L_C ||q||) + (||C|| + L_C e) / mu (r + e (L_F + L_H ||q||))
 
     Proof: e bounds the distance to the solution w*, and with stars for what belongs to it
     `C q - C* q* = (C - C*) q + C* (q - q*)`, `q - q* = H*^-1 (H* q - dF/dw*)`. True up to rounding; often
@@ -62,17 +64,20 @@ def error_bound(
     Source: as the bound of Salehi, Mukherjee, Roberts and Ehrhardt 2025 (MAID), with the actual ||q||.
     """
     info = hypergradient.info
-    _, c, _ = outer_value_and_grads(problem, hypergradient.w, lam, outer_batch)
+    w = hypergradient.w
+    _, c, grad_lam = outer_value_and_grads(problem, w, lam, outer_batch)
     q_norm = tree.norm(adjoint)
     dtype = q_norm.dtype
     mu, L_H, L_C, L_F, L_lamF = (jnp.asarray(x, dtype) for x in constants[:5])
     norm = constants.cross_norm
     if norm is None:
-        norm = _cross_norm(problem, solver, hypergradient.w, lam, inner_batch)
+        norm = _cross_norm(problem, solver, w, lam, inner_batch)
+    implied = tree.sub(grad_lam, cross_vjp(problem, solver, w, lam, inner_batch, adjoint))
     e = info.inner.residual.astype(dtype) / mu
     r = info.adjoint_residual.astype(dtype) * tree.norm(c) + info.damping.astype(dtype) * q_norm
     error = e * (L_lamF + L_C * q_norm)
     error += (jnp.asarray(norm, dtype) + L_C * e) / mu * (r + e * (L_F + L_H * q_norm))
+    error += tree.norm(tree.sub(hypergradient.grad, implied)).astype(dtype)
     size = tree.norm(hypergradient.grad)
     bound = error / jnp.maximum(size, jnp.finfo(size.dtype).tiny ** 0.5)
     return jnp.where(mu > 0, bound, jnp.inf)

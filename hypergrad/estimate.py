@@ -66,8 +66,8 @@ def with_estimate(
       rtol: of the corrections, where the engine has an adjoint to correct.
       probe: look for negative curvature that no right-hand side excites; None does unless `refine`.
 
-    Where the engine is implicit and undamped, what the estimate's solves found (negative curvature, a
-    singular system) is a verdict on the hypergradient too.
+    Where the engine needs the inverse Hessian and is undamped, what the estimate's solves found (negative
+    curvature, a singular system) is a verdict on the hypergradient too.
     """
     solver = make_solver(solver, lam)
     batches = problem.inner_sampler(key)(0), problem.outer_batch(key)
@@ -78,7 +78,7 @@ def with_estimate(
     info = h.info
     like = info.error_estimate.dtype
     status, bound = info.status, info.bound
-    if adjoint is not None:
+    if adjoint is not None and engine.needs_implicit:
         status = jnp.where(info.damping == 0, combine(status, found.status), status)
     constants = getattr(problem, "constants", None)
     if constants is not None and adjoint is not None and not has_prox(problem):

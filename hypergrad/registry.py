@@ -3,6 +3,7 @@
 from hypergrad.base import AbstractEngine
 from hypergrad.exact import Exact
 from hypergrad.f2sa import F2SA
+from hypergrad.forward import Forward
 from hypergrad.implicit import Implicit
 from hypergrad.moreau import Moreau
 from hypergrad.one_step import OneStep
@@ -13,6 +14,7 @@ ENGINES: dict[str, type[AbstractEngine]] = {
     for engine in (
         Exact,
         F2SA,
+        Forward,
         Implicit,
         Moreau,
         OneStep,

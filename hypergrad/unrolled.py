@@ -1,6 +1,7 @@
 """Backpropagation through the inner solver's steps, all of them or the last few."""
 
-from typing import Any
+from typing import Any, NamedTuple
+from typing import cast as cast_type
 
 import jax
 import jax.numpy as jnp
@@ -16,10 +17,27 @@ from hypergrad.base import (
     make_info,
     make_solver,
 )
-from solvers import AbstractInnerSolver, GradientDescent
-from solvers.fields import static
+from hypergrad.derivatives import hessian_product
+from solvers import AbstractInnerSolver, GradientDescent, Mapping, OptaxSolver, Status, tree
+from solvers.fields import Number, cast, number, static
 from solvers.loops import judge, run_steps
-from solvers.types import Tree
+from solvers.status import where
+from solvers.types import Objective, Sampler, Tree
+
+
+def _bytes(value: Any) -> Any:
+    """A size such as "500MB", "2GB" or "1.5GiB" in bytes; numbers are bytes already."""
+    if not isinstance(value, str):
+        return value
+    units = {"KB": 1e3, "MB": 1e6, "GB": 1e9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "B": 1}
+    text = value.strip().upper()
+    for unit, factor in units.items():
+        if text.endswith(unit):
+            try:
+                return int(float(text[: -len(unit)]) * factor)
+            except ValueError:
+                break
+    raise ValueError(f"memory_budget must be bytes or a size such as '500MB', got {value!r}.")
 
 
 class Unrolled(AbstractEngine):
@@ -30,49 +48,68 @@ class Unrolled(AbstractEngine):
     start (`Problem(inner_init=...)`). `tol` is ignored. The derivative is that of the T-step problem;
     `info.error_estimate` says how far it is from the derivative of the converged one.
 
+    `levels` is how much is recomputed instead of stored: 1 keeps the state before each of the T steps; 2 about
+    2 sqrt(T) states, for one more forward pass; L about L T^(1/L) states, for L - 1 more.
+    `checkpoint=False` stores all intermediates. `memory_budget="2GB"` (or bytes)
+    replaces `levels`: before it runs, `hypergradient` or `run` compiles with 1, 2, ... levels and takes the
+    first whose memory fits, by XLA's own account; where none does they raise ValueError.
+
     `truncate=K` differentiates the last K steps only; at a fixed point of gradient descent this is the
-    K-term Neumann series, with an error of order `(1 - learning_rate mu)^K`. `checkpoint` recomputes
-    instead of storing: memory 2 sqrt(T) states, and faster than storing everything.
+    K-term Neumann series, with an error of order `(1 - learning_rate mu)^K` (`bilevel.truncation` chooses
+    K). `mixture`, an array of K weights, gives `sum_k mixture[k-1] grad_k`, with grad_k that of `truncate=k`
+    (`dF/dlam` included in each), in the one backward pass of K steps.
+
+    A derivative of the outer loss in the state that grows by more than `max_growth` on its way
+    back through the steps is DIVERGED: the training is chaotic, and its derivative, though
+    correct, says nothing about any step that is not tiny. `info.growth` is that factor.
+
+    Where the problem declares `constants`, `info.bound` bounds the distance from the derivative of the
+    converged problem, truncation included: a shift of the inner gradient, common to all steps, has the
+    derivative q, which solves `H q = dF/dw` up to what the truncation and the steps leave, and that is
+    measured (`info.adjoint_residual`).
 
     Each solve starts with a fresh solver state, so the result depends on `w` and `lam` alone.
 
-    Cost: about four gradients per differentiated step.
-    Source: Franceschi et al. 2017 (reverse); Shaban et al. 2019 (truncated).
+    Cost: about four gradients per differentiated step (levels = 1), one more for each further level.
+    Source: Franceschi et al. 2017 (reverse); Shaban et al. 2019 (truncated); Griewank and Walther 2000
+    (checkpoints); Bonnet et al. 2021 (mixtures).
     """
 
     truncate: int | None = static(None, low=1)
     checkpoint: bool = static(True)
+    levels: int = static(2, low=1)
+    memory_budget: int | str | None = static(None, low=1, converter=_bytes)
+    mixture: Number | None = number(None)
+    max_growth: Number = number(1e6, low=0.0, strict=True)
     estimate: bool | None = static(None)
 
     proximal = True
     fixed_points = True
+    through_steps = True
 
-    def init(self, problem: BilevelProblem, solver: Solver, w: Tree, lam: Tree, key: Array) -> None:
-        return None
+    def __check_init__(self) -> None:
+        if self.mixture is not None and self.truncate is not None:
+            raise ValueError("Unrolled: mixture has its own last K; leave out truncate.")
+        if self.memory_budget is not None and not self.checkpoint:
+            raise ValueError("Unrolled: memory_budget chooses checkpoints; leave out checkpoint.")
+
+    def init(
+        self, problem: BilevelProblem, solver: Solver, w: Tree, lam: Tree, key: Array
+    ) -> "_State":
+        return _State(tree.zeros_like(w) if _certified(problem) else None)
 
     def step(
-        self, problem: BilevelProblem, solver: Solver, w: Tree, lam: Tree, state: None, key: Array
-    ) -> tuple[Hypergradient, None]:
+        self, problem: BilevelProblem, solver: Solver, w: Tree, lam: Tree, state: Any, key: Array
+    ) -> tuple[Hypergradient, "_State"]:
         sampler, outer_batch = problem.inner_sampler(key), problem.outer_batch(key)
         first_solver = make_solver(solver, lam)
         if has_prox(problem):
             check_proximal(first_solver)
         total = first_solver.max_steps
-        tail = total if self.truncate is None else min(self.truncate, total)
+        window = self.truncate if self.mixture is None else jnp.size(self.mixture)
+        tail = total if window is None else min(window, total)
         head = total - tail
-
-        def trained(lam: Tree, carry: Any, num_steps: int, start: int, checkpoint: bool) -> Any:
-            inner_solver = make_solver(solver, lam)
-            return run_steps(
-                inner_solver,
-                problem.inner_objective(lam),
-                carry[0],
-                carry[1],
-                sampler,
-                num_steps,
-                start=start,
-                checkpoint=checkpoint,
-            )
+        levels = self.levels if self.checkpoint else 0
 
         def begin(lam: Tree) -> Any:
             batch = sampler(0)
@@ -80,15 +117,44 @@ class Unrolled(AbstractEngine):
             objective = problem.inner_objective(lam)
             return first, make_solver(solver, lam).init(objective, first, batch)
 
-        if head:  # outside the differentiated function: a constant of the last K steps
-            prefix = trained(lam, begin(lam), head, 0, False)
+        def cut(lam: Tree) -> Any:
+            """The first of the differentiated steps: what came before is a constant, settings are not."""
+            first, inner_state = prefix
+            fresh = make_solver(solver, lam).init(problem.inner_objective(lam), *at_start)
+            return first, jax.tree.map(_where_unchanged, inner_state, fresh)
 
-        def unrolled(lam: Tree) -> tuple[Array, Tree]:
-            carry = prefix if head else begin(lam)
-            w_final, _ = trained(lam, carry, tail, head, self.checkpoint)
-            return problem.outer(w_final, lam, outer_batch), w_final
+        if head:  # outside the differentiated function
+            first, inner_state = begin(lam)
+            at_start = first, sampler(0)
+            objective = problem.inner_objective(lam)
+            prefix = run_steps(first_solver, objective, first, inner_state, sampler, head)
 
-        (value, w), grad = jax.value_and_grad(unrolled, has_aux=True)(lam)
+        weights = None if self.mixture is None else _weights(self.mixture, tail)
+
+        def unrolled(at: "_Point") -> tuple[Array, Tree]:
+            weigh = lambda index: at.lam if weights is None else _scaled(at.lam, weights[index])
+            first, inner_state = (cut if head else begin)(weigh(0))
+            if weights is not None:
+                _check_settings(solver, first_solver, inner_state)
+            steps = _Steps(problem, solver, at.lam, at.shift, weights, head)
+            indexed = Sampler(lambda index: (index, sampler(index)), varies=sampler.varies)
+            first = tree.add(first, at.first)
+            w_final, _ = run_steps(
+                cast_type(Any, steps),
+                cast_type(Any, None),
+                first,
+                inner_state,
+                indexed,
+                tail,
+                start=head,
+                levels=levels,
+            )
+            w_final = tree.add(w_final, at.last)
+            return problem.outer(w_final, weigh(-1), outer_batch), w_final
+
+        zero = tree.zeros_like(prefix[0] if head else jax.eval_shape(begin, lam)[0])
+        at = _Point(lam, zero, zero, zero if _certified(problem) else None)
+        (value, w), by = jax.value_and_grad(unrolled, has_aux=True)(at)
         inner = judge(
             make_solver(solver, lam),
             problem.inner_objective(lam),
@@ -97,8 +163,105 @@ class Unrolled(AbstractEngine):
             jnp.int32(total),
             jnp.zeros(()),
         )
-        return Hypergradient(grad, w, make_info(value, inner, grad, adjoint_steps=tail)), None
+        c_norm = tree.norm(by.last)
+        one = jnp.ones_like(c_norm)
+        growth = tree.norm(by.first) / jnp.where(c_norm > 0, c_norm, one)
+        exploded = where(growth > cast(self.max_growth, growth), Status.DIVERGED)
+        left = None
+        if by.shift is not None:
+            image = hessian_product(problem, w, lam, sampler(0))(by.shift)
+            left = tree.norm(tree.sub(image, by.last)) / jnp.where(c_norm > 0, c_norm, one)
+        info = make_info(
+            value, inner, by.lam, exploded, adjoint_residual=left, adjoint_steps=tail, growth=growth
+        )
+        return Hypergradient(by.lam, w, info), _State(by.shift)
+
+    def adjoint(self, state: "_State") -> Tree | None:
+        return state.adjoint
 
     @classmethod
     def default_solver(cls) -> AbstractInnerSolver:
         return GradientDescent(max_steps=100, learning_rate="auto")
+
+
+class _State(NamedTuple):
+    adjoint: Tree | None
+
+
+class _Point(NamedTuple):
+    """What the unrolled function is differentiated at; all but `lam` are zero."""
+
+    lam: Tree
+    first: Tree
+    """Added to the first state: its derivative is the adjoint after all steps back."""
+    last: Tree
+    """Added to the last one: its derivative is dF/dw."""
+    shift: Tree | None
+    """Taken off the inner gradient of each step."""
+
+
+class _Steps(NamedTuple):
+    """The solver's steps in the form of an inner solver, with what each step knows of `lam`."""
+
+    problem: BilevelProblem
+    solver: Solver
+    lam: Tree
+    shift: Tree | None
+    weights: Array | None
+    start: int
+
+    def step(self, _: None, w: Tree, state: Any, batch: Any) -> tuple[Tree, Any]:
+        index, batch = batch
+        lam, shift = self.lam, self.shift
+        if self.weights is not None:
+            lam, shift = _scaled((lam, shift), self.weights[index - self.start])
+        objective = self.problem.inner_objective(lam)
+        if shift is not None:
+            objective = Objective(_shifted, (objective, shift))
+        return make_solver(self.solver, lam).step(objective, w, state, batch)
+
+
+def _certified(problem: BilevelProblem) -> bool:
+    smooth_loss = not has_prox(problem) and not isinstance(problem.inner, Mapping)
+    return smooth_loss and getattr(problem, "constants", None) is not None
+
+
+def _shifted(w: Tree, args: tuple[Objective, Tree], batch: Any) -> Array:
+    objective, shift = args
+    value = objective(w, batch)
+    return value - tree.vdot(shift, w).astype(value.dtype)
+
+
+def _weights(mixture: Number, num_steps: int) -> Array:
+    """What each of the last steps counts: step k from the end is in all horizons of k steps or more."""
+    sums = jnp.cumsum(jnp.ravel(jnp.asarray(mixture))[::-1])
+    return sums[-num_steps:]
+
+
+def _where_unchanged(leaf: Array, fresh: Array) -> Array:
+    """`leaf`, with the derivative of `fresh` where it still is that: a setting kept in the state."""
+    if not jnp.issubdtype(leaf.dtype, jnp.floating):
+        return leaf
+    return jnp.where(leaf == fresh, fresh, leaf)
+
+
+def _check_settings(solver: Solver, at: AbstractInnerSolver, state: Any) -> None:
+    """Raises ValueError where `lam` may act through a setting that was put into the state at the start."""
+    held = lambda node: hasattr(node, "hyperparams")
+    inject = any(map(held, jax.tree.leaves(state, is_leaf=held)))
+    known = isinstance(at, GradientDescent) or (isinstance(at, OptaxSolver) and not inject)
+    if not isinstance(solver, AbstractInnerSolver) and not known:
+        raise ValueError(
+            "Unrolled(mixture=...) with a solver made from lam needs settings that each step reads anew: "
+            "GradientDescent, or OptaxSolver with a schedule instead of optax.inject_hyperparams."
+        )
+
+
+def _scaled(x: Tree, weight: Array) -> Tree:
+    """`x`, with its derivative times `weight`."""
+
+    def scale(leaf: Array) -> Array:
+        fixed = jax.lax.stop_gradient(leaf)
+        return fixed + cast(weight, leaf) * (leaf - fixed)
+
+    return jax.tree.map(scale, x)

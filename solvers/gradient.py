@@ -53,7 +53,9 @@ class GradientDescent(AbstractInnerSolver):
         gradient = jax.grad(objective)(w, batch)
         momentum = tree.axpy(self.momentum, state.momentum, gradient)
         direction = tree.axpy(self.momentum, momentum, gradient) if self.nesterov else momentum
-        w = tree.axpy(-state.learning_rate, direction, w)
+        automatic = isinstance(self.learning_rate, str)
+        rate = state.learning_rate if automatic else cast(self.learning_rate, state.learning_rate)
+        w = tree.axpy(-rate, direction, w)
         # The square root in the norm has no derivative at zero; nothing differentiates the residual.
         residual = tree.norm(jax.lax.stop_gradient(gradient))
         return w, _State(momentum, state.learning_rate, residual)

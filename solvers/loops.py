@@ -1,6 +1,5 @@
 """The loops that run an inner solver's steps."""
 
-import math
 from typing import Any
 
 import jax
@@ -131,14 +130,16 @@ def run_steps(
     sampler: Sampler,
     num_steps: int,
     *,
-    start: int = 0,
-    checkpoint: bool = False,
+    start: Array | int = 0,
+    levels: int = 0,
 ) -> tuple[Tree, Any]:
     """Exactly `num_steps` steps (static), differentiable in reverse mode: `(w, state)`.
 
-    `checkpoint` stores the state every sqrt(num_steps) steps and recomputes the rest, and recomputes
-    what is inside each step: memory about 2 sqrt(T) states instead of T times all intermediates, for
-    one more forward pass (Griewank and Walther 2000).
+    `levels` is how the reverse pass gets the intermediates. 0 stores all of them. 1 stores the state
+    before each step and recomputes what is inside the step. L > 1 also stores states only at blocks of b^(L-1),
+    b^(L-2), ..., 1 steps, `b = floor(T^(1/L))`: about `L T^(1/L)` states live at once, for `L - 1` more forward
+    passes (Griewank and Walther 2000). T need not be a power: the steps left over are its digits in
+    base b, each of them a scan, so no step is padded.
     """
 
     def step(carry: tuple[Tree, Any], index: Array) -> tuple[tuple[Tree, Any], None]:
@@ -146,20 +147,34 @@ def run_steps(
         return solver.step(objective, w, state, sampler(index)), None
 
     carry = (w, state)
-    if not checkpoint:
+    if levels == 0:
         carry, _ = jax.lax.scan(step, carry, start + jnp.arange(num_steps))
         return carry
 
-    step = jax.checkpoint(step, prevent_cse=False)
+    base, levels = _base(num_steps, levels)
+    # blocks[j] runs base**j steps from an index, and stores nothing but where it begins.
+    blocks = [jax.checkpoint(step, prevent_cse=False)]
+    for power in range(1, levels):
+        offsets = base ** (power - 1) * jnp.arange(base)
 
-    def segment(carry: tuple[Tree, Any], indices: Array) -> tuple[tuple[Tree, Any], None]:
-        return jax.lax.scan(step, carry, indices)
+        def block(carry: Any, index: Array, inner=blocks[-1], offsets=offsets) -> Any:
+            return jax.lax.scan(inner, carry, index + offsets)
 
-    length = math.isqrt(num_steps)
-    whole = num_steps - num_steps % max(length, 1)
-    if whole:
-        indices = start + jnp.arange(whole).reshape(-1, length)
-        carry, _ = jax.lax.scan(jax.checkpoint(segment, prevent_cse=False), carry, indices)
-    if whole < num_steps:
-        carry, _ = segment(carry, start + jnp.arange(whole, num_steps))
+        blocks.append(jax.checkpoint(block, prevent_cse=False))
+    done = 0
+    for power in reversed(range(levels)):
+        count = (num_steps - done) // base**power
+        if count:
+            indices = start + done + base**power * jnp.arange(count)
+            carry, _ = jax.lax.scan(blocks[power], carry, indices)
+        done += count * base**power
     return carry
+
+
+def _base(num_steps: int, levels: int) -> tuple[int, int]:
+    """`floor(num_steps^(1/levels))` and the levels, fewer where that would be 1."""
+    levels = max(min(levels, num_steps.bit_length() - 1), 1)
+    base = max(round(num_steps ** (1 / levels)), 1)
+    while base**levels > num_steps:
+        base -= 1
+    return base, levels

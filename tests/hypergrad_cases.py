@@ -1,6 +1,7 @@
 """The table of engines. Every contract test runs over every row; a new engine adds one."""
 
 import dataclasses
+from typing import Any
 
 import bilevel as bl
 
@@ -12,7 +13,7 @@ class EngineCase:
     """The inner solver of the accuracy tests."""
     tol: float
     """Relative error allowed against the closed form, in float64."""
-    numbers: dict[str, tuple[float, float]] = dataclasses.field(default_factory=dict)
+    numbers: dict[str, tuple[Any, Any]] = dataclasses.field(default_factory=dict)
     """Two values of each of the engine's numbers (in one of its rows)."""
 
 
@@ -24,8 +25,14 @@ CASES = {
     "implicit": EngineCase(bl.Implicit(), EXACT_LBFGS, 1e-7, {"damping": (1e-9, 1e-8)}),
     "implicit-dense": EngineCase(bl.Implicit(bl.Dense()), bl.Newton(tol=1e-11), 1e-7),
     "implicit-neumann": EngineCase(bl.Implicit(bl.Neumann(max_steps=2000)), EXACT_LBFGS, 1e-6),
-    "unrolled": EngineCase(bl.Unrolled(), LONG_GD, 1e-6),
+    "unrolled": EngineCase(
+        bl.Unrolled(),
+        LONG_GD,
+        1e-6,
+        {"mixture": ([0.2, 0.8], [0.5, 0.5]), "max_growth": (1e6, 1e7)},
+    ),
     "unrolled-truncated": EngineCase(bl.Unrolled(truncate=1500), LONG_GD, 1e-6),
+    "forward": EngineCase(bl.Forward(), LONG_GD, 1e-6),
     "onestep": EngineCase(bl.OneStep(), EXACT_LBFGS, 1.0, {"step_size": (0.1, 0.2)}),
     "f2sa": EngineCase(bl.F2SA(nu=1e-3), EXACT_LBFGS, 1e-4, {"nu": (1e-2, 2e-2)}),
     "f2sa-1": EngineCase(bl.F2SA(nu=1e-4, order=1), EXACT_LBFGS, 2e-3),

@@ -71,7 +71,10 @@ def setup_of(cls, which):
     # The error estimate has no numbers, and takes long to compile.
     if issubclass(cls, bl.AbstractEngine):
         options = {"estimate": False} if hasattr(cls, "estimate") else {}
-        return with_numbers(cls, which, **options), cls.default_solver()
+        solver = cls.default_solver()
+        if isinstance(solver, bl.GradientDescent):  # vmap takes no "auto"
+            solver = bl.GradientDescent(0.3)
+        return with_numbers(cls, which, **options), solver
     if issubclass(cls, bl.AbstractLinearSolver | bl.AbstractPreconditioner):
         part = with_numbers(cls, which)
         linear = part if isinstance(part, bl.AbstractLinearSolver) else bl.CG(preconditioner=part)

@@ -1,0 +1,431 @@
+"""Derivatives through training: every mode is the same number, what is left out is bounded, memory is pinned."""
+
+import functools
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import problems
+import pytest
+
+import bilevel as bl
+
+T = 23
+
+
+def flat(x):
+    return np.concatenate([np.asarray(leaf, np.float64).ravel() for leaf in jax.tree.leaves(x)])
+
+
+def of(case, **kwargs):
+    return bl.Problem(case.inner, case.outer, case.inner_data, case.outer_data, **kwargs)
+
+
+# A network of 4 hidden units; lam: the learning rate of Adam and the decay of each layer.
+
+
+def network_loss(w, batch):
+    X, y = batch
+    return jnp.mean((jnp.tanh(X @ w["in"]) @ w["out"] - y) ** 2)
+
+
+def network_inner(w, lam, batch):
+    penalty = lam["decay"][0] * jnp.sum(w["in"] ** 2) + lam["decay"][1] * jnp.sum(w["out"] ** 2)
+    return network_loss(w, batch) + penalty
+
+
+def network_outer(w, lam, batch):
+    return network_loss(w, batch) + 0.01 * jnp.sum(lam["decay"])
+
+
+def adam(lam):
+    return bl.OptaxSolver(optax.adam(lam["rate"], eps_root=1e-10), max_steps=T)
+
+
+def setting(name):
+    """(problem, lam, w, solver, plain): `plain(lam)` is training and outer loss without the library."""
+    if name == "network":
+        rng = np.random.default_rng(0)
+        data = [(jnp.asarray(rng.normal(size=(9, 3))), jnp.asarray(rng.normal(size=9)))] * 2
+        w = {
+            "in": jnp.asarray(rng.normal(size=(3, 4))),
+            "out": jnp.asarray(rng.normal(size=4)),
+        }
+        lam = {"rate": jnp.asarray(0.05), "decay": jnp.asarray([0.01, 0.03])}
+
+        @jax.numpy_dtype_promotion("standard")  # for optax
+        def plain(lam):
+            rule = optax.adam(lam["rate"], eps_root=1e-10)
+            v, state = w, rule.init(w)
+
+            def step(carry, _):
+                v, state = carry
+                updates, state = rule.update(jax.grad(network_inner)(v, lam, data[0]), state, v)
+                return (optax.apply_updates(v, updates), state), None
+
+            (v, _), _ = jax.lax.scan(step, (v, state), None, length=T)
+            return network_outer(v, lam, data[1])
+
+        return bl.Problem(network_inner, network_outer, *data), lam, w, adam, plain
+    case = problems.make(name)
+
+    def plain(lam):
+        def step(carry, _):
+            w, m = carry
+            gradient = jax.grad(case.inner)(w, lam, case.inner_data)
+            m = jax.tree.map(lambda a, g: 0.6 * a + g, m, gradient)
+            return (jax.tree.map(lambda a, b: a - 0.1 * b, w, m), m), None
+
+        zero = jax.tree.map(jnp.zeros_like, case.w)
+        (w, _), _ = jax.lax.scan(step, (case.w, zero), None, length=T)
+        return case.outer(w, lam, case.outer_data)
+
+    solver = bl.GradientDescent(0.1, momentum=0.6, max_steps=T)
+    return of(case), case.lam, case.w, solver, plain
+
+
+@pytest.mark.parametrize("name", ["quadratic", "softmax", "network"])
+def test_every_mode_is_plain_autodiff(name):
+    problem, lam, w, solver, plain = setting(name)
+    expected = flat(jax.jit(jax.grad(plain))(lam))
+    options = [{"checkpoint": False}, {"levels": 1}, {}, {"levels": 3}]
+    engines = [bl.Unrolled(estimate=False, **each) for each in options]
+    engines += [bl.Forward(estimate=False)]
+    assert np.all(np.abs(expected) > 1e-6)
+    for engine in engines:
+        h = bl.hypergradient(problem, lam, w, solver=solver, engine=engine)
+        scale = np.linalg.norm(expected)
+        np.testing.assert_allclose(flat(h.grad), expected, rtol=1e-10, atol=1e-12 * scale)
+        assert float(h.info.outer_value) == pytest.approx(float(plain(lam)), rel=1e-12)
+
+
+# Forward
+
+
+def test_forward_refuses_many_outer_variables_and_says_what_to_use():
+    inner = lambda w, lam, batch: 0.5 * jnp.sum((w - lam) ** 2)
+    outer = lambda w, lam, batch: jnp.sum(w**3)
+    problem, lam = bl.Problem(inner, outer), jnp.ones(65)
+    with pytest.raises(ValueError, match=r"65 entries.*Unrolled.*directions=K"):
+        bl.hypergradient(problem, lam, lam, engine="forward")
+    for wrong in (0, True, "some", 1.5):
+        with pytest.raises(ValueError, match="directions"):
+            bl.Forward(directions=wrong)
+    with pytest.raises(ValueError, match="line search"):
+        bl.hypergradient(problem, lam, lam, engine=bl.Forward(limit=65), solver="lbfgs")
+
+
+def slope_problem():
+    case = problems.make("quadratic")
+    solver = bl.GradientDescent(0.2, max_steps=3)
+    exact = bl.hypergradient(
+        of(case), case.lam, case.w, solver=solver, engine=bl.Unrolled(estimate=False)
+    )
+    return case, solver, flat(exact.grad)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_random_directions_are_unbiased_with_the_stated_variance(count, key):
+    case, solver, exact = slope_problem()
+    engine = bl.Forward(directions=count)
+    step = lambda key: engine.step(of(case), solver, case.w, case.lam, None, key)[0]
+    draws = jax.jit(jax.vmap(lambda key: (step(key).grad, step(key).info.error_estimate)))
+    N = 4000
+    grads, estimates = map(np.asarray, draws(jax.random.split(key, N)))
+    off = grads - exact
+    standard_error = off.std(axis=0) / N**0.5
+    assert np.all(np.abs(off.mean(axis=0)) < 4.5 * standard_error)
+    assert np.all(standard_error < 0.05 * np.linalg.norm(exact))  # so a factor 1.3 is seen
+    variance = np.mean(np.sum(off**2, axis=1)) / np.sum(exact**2)
+    assert variance == pytest.approx((exact.size - 1) / count, rel=0.08)
+    # The reported error, times ||h||, is that variance in the root mean square.
+    reported = np.mean(estimates**2 * np.sum(grads**2, axis=1)) / np.sum(exact**2)
+    assert reported == pytest.approx(variance, rel=0.08)
+
+
+def test_the_slope_along_a_guess_is_the_projection_on_it():
+    case, solver, exact = slope_problem()
+    call = lambda engine: bl.hypergradient(
+        of(case), case.lam, case.w, solver=solver, engine=engine, throw=False
+    )
+    u = flat(call(bl.Unrolled(truncate=1, estimate=False)).grad)
+    found = flat(call(bl.Forward(directions="guess")).grad)
+    np.testing.assert_allclose(found, (exact @ u) / (u @ u) * u, rtol=1e-10)
+    assert 0.1 < np.linalg.norm(found - exact) / np.linalg.norm(exact) < 1
+
+
+def test_a_guess_of_zero_is_no_zero_gradient():
+    inner = lambda w, lam, batch: 0.5 * w**2
+    outer = lambda w, lam, batch: w
+    problem = bl.Problem(inner, outer, inner_init=lambda lam, batch: lam)
+    h = bl.hypergradient(problem, 2.0, engine=bl.Forward(directions="guess"), throw=False)
+    assert int(h.info.status) == bl.Status.BREAKDOWN
+
+
+# Truncation
+
+
+def schedule_solver(lam):
+    return bl.OptaxSolver(optax.sgd(lambda step: lam["rate"]), max_steps=7)
+
+
+def injected_solver(lam):
+    return bl.OptaxSolver(optax.inject_hyperparams(optax.sgd)(lam["rate"]), max_steps=7)
+
+
+def plain_solver(lam):
+    return bl.GradientDescent(lam["rate"], max_steps=7)
+
+
+def rate_and_target(w, lam, batch):
+    return 0.35 * jnp.sum((w - lam["target"]) ** 2)
+
+
+def quartic(w, lam, batch):
+    return jnp.sum(w**4) + 0.3 * lam["target"] ** 2
+
+
+LAM = {"rate": 0.3, "target": 1.7}
+
+
+@pytest.mark.parametrize("solver", [plain_solver, schedule_solver, injected_solver])
+def test_truncation_keeps_the_derivative_in_a_setting_of_the_solver(solver):
+    """Also where the solver keeps it in its state, which the first steps are a constant of."""
+    problem, w, K = bl.Problem(rate_and_target, quartic), jnp.asarray([0.2, -0.4]), 3
+    gradient = jax.grad(rate_and_target)
+    head = w
+    for _ in range(7 - K):
+        head = head - LAM["rate"] * gradient(head, LAM, None)
+
+    def last(lam):
+        v = head
+        for _ in range(K):
+            v = v - lam["rate"] * gradient(v, lam, None)
+        return quartic(v, lam, None)
+
+    h = bl.hypergradient(problem, LAM, w, solver=solver, engine=bl.Unrolled(truncate=K))
+    expected = jax.grad(last)(LAM)
+    np.testing.assert_allclose(flat(h.grad), flat(expected), rtol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("solver", "weights"),
+    [(schedule_solver, (0.5, 0.2, 0.4)), (plain_solver, (0.1,) * 6 + (0.7, 0.2))],
+)
+def test_a_mixture_is_the_weighted_sum_of_its_horizons(solver, weights):
+    """Horizons beyond the 7 steps, and the start, belong to the full derivative."""
+    start = lambda lam, batch: lam["target"] * jnp.asarray([0.2, -0.4])
+    problem = bl.Problem(rate_and_target, quartic, inner_init=start)
+    call = lambda engine: bl.hypergradient(problem, LAM, solver=solver, engine=engine)
+    parts = [flat(call(bl.Unrolled(truncate=k + 1)).grad) for k in range(len(weights))]
+    found = call(bl.Unrolled(mixture=weights))
+    np.testing.assert_allclose(flat(found.grad), np.asarray(weights) @ parts, rtol=1e-10)
+    assert int(found.info.adjoint_steps) == min(len(weights), 7)
+
+
+def test_a_mixture_refuses_what_it_cannot_weigh():
+    problem, w = bl.Problem(rate_and_target, quartic), jnp.ones(2)
+    with pytest.raises(ValueError, match="inject_hyperparams"):
+        bl.hypergradient(
+            problem, LAM, w, solver=injected_solver, engine=bl.Unrolled(mixture=(0.5, 0.5))
+        )
+    with pytest.raises(ValueError, match="truncate"):
+        bl.Unrolled(mixture=(1.0,), truncate=2)
+
+
+@functools.cache
+def ready(seed):
+    rng = np.random.default_rng(seed)
+    X, V = rng.normal(size=(2, 30, 4)) * np.array([1.0, 0.4, 2.0, 0.7])
+    y, z = (X[:, 0] + rng.normal(size=30) > 0), (V[:, 0] + rng.normal(size=30) > 0)
+    return bl.glm.logistic(X, y.astype(float), V, z.astype(float))
+
+
+PENALTIES = jnp.asarray([0.1, 0.2, 0.05, 0.3])
+
+
+@functools.cache
+def truth(seed):
+    return bl.hypergradient(ready(seed), PENALTIES, jnp.zeros(4), engine="exact").grad
+
+
+@pytest.mark.parametrize(("K", "momentum"), [(1, 0.0), (8, 0.5), (60, 0.0)])
+def test_the_bound_holds_for_truncated_steps(K, momentum):
+    """Six random problems, each at the solution and where 40 steps have not reached it."""
+    lam = PENALTIES
+    solver = lambda steps: bl.GradientDescent(momentum=momentum, max_steps=steps)
+    ratios = []
+    for steps in (60, 400):
+        for seed in range(6):
+            problem = ready(seed)
+            true = truth(seed)
+            h = bl.hypergradient(
+                problem, lam, jnp.zeros(4), engine=bl.Unrolled(truncate=K), solver=solver(steps)
+            )
+            error = np.linalg.norm(flat(h.grad) - flat(true)) / np.linalg.norm(flat(h.grad))
+            assert error <= float(h.info.bound) < np.inf
+            assert error < 2 * float(h.info.error_estimate)
+            ratios.append((error, float(h.info.bound)))
+    errors, bounds = np.transpose(ratios)
+    assert np.max(errors) > (1e-2 if K < 60 else 1e-8)
+    assert np.median(bounds / np.maximum(errors, 1e-12)) < 1e3
+
+
+def test_the_adjoint_of_truncated_steps_is_the_partial_series():
+    """q = sum_{k<K} rate (I - rate H)^k c at the solution, and the residual is (I - rate H)^K c."""
+    case, K, rate = problems.make("quadratic"), 5, 0.3
+    constants = bl.Constants(0.4, 0.0, 0.0, 2.0, 0.0)
+    w = jnp.asarray(case.solution(case.lam))
+    problem, engine = of(case, constants=constants), bl.Unrolled(truncate=K)
+    solver = bl.GradientDescent(rate, max_steps=K + 4)
+    key = jax.random.key(0)
+    h, state = eqx.filter_jit(engine.step)(problem, solver, w, case.lam, None, key)
+    A, _, _, D, t, _ = case.means
+    c, M = D @ (np.asarray(w) - t), np.eye(len(A)) - rate * A
+    q = sum(rate * np.linalg.matrix_power(M, k) @ c for k in range(K))
+    np.testing.assert_allclose(engine.adjoint(state), q, rtol=1e-9)
+    left = np.linalg.norm(np.linalg.matrix_power(M, K) @ c) / np.linalg.norm(c)
+    np.testing.assert_allclose(h.info.adjoint_residual, left, rtol=1e-9)
+
+
+def test_the_truncation_for_a_target():
+    case, rate = problems.make("quadratic"), 0.3
+    solver = bl.GradientDescent(rate, max_steps=500)
+    curvatures = np.linalg.eigvalsh(case.means[0])
+    contraction = np.max(np.abs(1 - rate * curvatures))
+    call = functools.partial(bl.truncation, of(case), case.lam, case.w)
+    K = call(solver=solver, target=1e-4)  # Lanczos is exact in 6 dimensions
+    assert contraction**K <= 1e-4 < contraction ** (K - 1)
+    declared = of(case, constants=bl.Constants(curvatures[0] / 2, 0.0, 0.0, 2.0, 0.0))
+    K = bl.truncation(declared, case.lam, case.w, solver=solver, target=1e-4)
+    slow = 1 - rate * curvatures[0] / 2
+    assert slow**K <= 1e-4 < slow ** (K - 1)
+    assert call(solver=bl.GradientDescent(rate, max_steps=9), target=1e-4) == 9
+    with pytest.raises(ValueError, match="do not contract"):
+        call(solver=bl.GradientDescent(3.0))
+    with pytest.raises(ValueError, match="momentum"):
+        call(solver=bl.GradientDescent(0.1, momentum=0.5))
+    with pytest.raises(ValueError, match="target"):
+        call(target=1.0)
+
+
+# Never silently wrong
+
+
+@pytest.mark.parametrize(("rate", "status"), [(1.7, "OK"), (4.4, "DIVERGED")])
+def test_an_exploding_adjoint_is_diverged(rate, status):
+    """Each step multiplies w, and the adjoint, by 1 - rate (curvature 1)."""
+    inner = lambda w, lam, batch: 0.5 * jnp.sum((w - lam) ** 2)
+    outer = lambda w, lam, batch: jnp.sum(w)
+    call = lambda engine: bl.hypergradient(
+        bl.Problem(inner, outer),
+        1.3,
+        jnp.ones(2),
+        engine=engine,
+        solver=bl.GradientDescent(rate, max_steps=12),
+        throw=False,
+    )
+    info = call(bl.Unrolled(levels=1)).info
+    np.testing.assert_allclose(info.growth, abs(1 - rate) ** 12, rtol=1e-10)
+    assert bl.Status(int(info.status)).name == status
+    assert int(call(bl.Unrolled(max_growth=np.inf)).info.status) == bl.Status.OK
+
+
+def test_adam_at_zero_gradients_names_the_setting():
+    inner = lambda w, lam, batch: 0.5 * lam * jnp.sum((w - jnp.arange(2.0)) ** 2)
+    outer = lambda w, lam, batch: jnp.sum((w - 3) ** 2)
+    call = lambda rule, engine: bl.hypergradient(
+        bl.Problem(inner, outer),
+        0.7,
+        jnp.ones(2),
+        engine=engine,
+        solver=bl.OptaxSolver(rule, max_steps=3),
+    )
+    # w[1] has a zero gradient: its second moment is zero, and so is what the root is multiplied with.
+    for engine in (bl.Unrolled(), bl.Forward()):
+        with pytest.raises(bl.BilevelError, match=r"NONFINITE.*eps_root"):
+            call(optax.adam(0.1), engine)
+        assert int(call(optax.adam(0.1, eps_root=1e-3), engine).info.status) == bl.Status.OK
+
+
+def test_ties_of_a_maximum_are_finite_and_a_mean_of_the_sides():
+    """Two equal features under one maximum: each gets half, in both modes."""
+    inner = lambda w, lam, batch: 0.5 * jnp.sum((w - jnp.max(lam)) ** 2)
+    outer = lambda w, lam, batch: 0.5 * jnp.sum(w**2)
+    lam, rate, T = jnp.asarray([1.5, 1.5, 0.2]), 0.25, 6
+    shrink = 1 - (1 - rate) ** T  # w_T = shrink max(lam) from 0
+    expected = 2 * shrink**2 * 1.5 * np.array([0.5, 0.5, 0.0])
+    solver = bl.GradientDescent(rate, max_steps=T)
+    for engine in (bl.Unrolled(estimate=False), bl.Forward(estimate=False)):
+        h = bl.hypergradient(
+            bl.Problem(inner, outer), lam, jnp.zeros(2), solver=solver, engine=engine
+        )
+        np.testing.assert_allclose(h.grad, expected, rtol=1e-12)
+
+
+# Memory
+
+
+def wide(w, lam, batch):
+    return 0.5 * jnp.mean((jnp.tanh(batch @ w) - 0.3) ** 2) + lam * jnp.sum(w**2)
+
+
+def wide_case(T):
+    X = np.random.default_rng(0).normal(size=(16, 64))
+    problem = bl.Problem(wide, wide, X, X)
+    return problem, 0.1, np.full(64, 0.1), bl.GradientDescent(0.1, momentum=0.5, max_steps=T)
+
+
+def test_compiled_memory_follows_the_model():
+    """w and the momentum are 512 B each. A block restarts from both; a step's derivative needs w alone."""
+
+    def temporary(T, **options):
+        problem, lam, w, solver = wide_case(T)
+        engine = bl.Unrolled(estimate=False, **options)
+        return bl.memory(problem, lam, w, solver=solver, engine=engine).temporary
+
+    one = 64 * 8
+    few = {L: temporary(256, levels=L) for L in (1, 2)}
+    many = {L: temporary(4096, levels=L) for L in (1, 2)}
+    assert 0.95 < (many[1] - few[1]) / (one * (4096 - 256)) < 1.3
+    grown = many[2] - few[2]  # from 16 to 64 blocks of 16 and 64 steps
+    assert 0.9 < grown / (3 * one * (64 - 16)) < 1.3, grown
+    assert temporary(4096, checkpoint=False) > 40 * many[2]
+
+
+def test_a_budget_chooses_the_fastest_setting_that_fits():
+    problem, lam, w, solver = wide_case(400)
+    call = functools.partial(bl.memory, problem, lam, w, solver=solver)
+    peaks = {L: call(engine=bl.Unrolled(levels=L, estimate=False)).peak for L in (1, 2)}
+    assert peaks[2] < peaks[1]
+    for budget, levels in ((peaks[1], 1), (peaks[1] - 1, 2)):
+        found = call(engine=bl.Unrolled(memory_budget=budget, estimate=False))
+        assert found.engine.levels == levels and found.peak == peaks[levels]
+        assert found.engine.memory_budget is None
+    engine = bl.Unrolled(memory_budget=peaks[1] - 1, estimate=False)
+    free = bl.Unrolled(estimate=False)
+    one = bl.hypergradient(problem, lam, w, solver=solver, engine=engine)
+    other = bl.hypergradient(problem, lam, w, solver=solver, engine=free)
+    assert one.grad == other.grad
+    with pytest.raises(TypeError, match=r"bilevel\.memory"):
+        jax.jit(
+            lambda lam: (
+                bl.hypergradient(problem, lam, w, solver=solver, engine=engine, throw=False).grad
+            )
+        )(lam)
+
+
+def test_a_budget_that_nothing_fits_is_refused_with_advice():
+    problem, lam, w, solver = wide_case(16)
+    engine = bl.Unrolled(memory_budget="1kB", estimate=False)
+    with pytest.raises(ValueError, match=r"1 kB: the least is levels=.*truncate=K.*Forward"):
+        bl.run(problem, lam, w, solver=solver, engine=engine, num_steps=1)
+    for size, count in (("2GB", 2e9), ("1.5 MiB", 1.5 * 2**20), ("64B", 64), (10**6, 10**6)):
+        assert bl.Unrolled(memory_budget=size).memory_budget == count
+    for wrong in ("much", "GB"):
+        with pytest.raises(ValueError, match="memory_budget"):
+            bl.Unrolled(memory_budget=wrong)
+    with pytest.raises(ValueError, match="memory_budget"):
+        bl.Unrolled(memory_budget="1GB", checkpoint=False)
