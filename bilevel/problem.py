@@ -11,6 +11,7 @@ from jax import Array
 
 from bilevel.sampling import minibatch, num_rows
 from hypergrad.certificate import Constants
+from hypergrad.levels import Slots
 from solvers.types import Objective, Sampler, Tree, constant_sampler
 
 Loss = Callable[[Tree, Tree, Any], Array]
@@ -124,6 +125,13 @@ class Problem(eqx.Module):
             return self.outer_data
         level = 0 if self.same_rows else 1
         return minibatch(self.outer_data, size, jax.random.fold_in(key, level))
+
+    def slots(self) -> tuple[Slots | None, Slots | None]:
+        """The numbered batches of the inner and the outer data; None where batches are shared rows."""
+        if self.same_rows:
+            return None, None
+        inner, outer = self.batch_size
+        return Slots(self.inner_data, inner), Slots(self.outer_data, outer)
 
     def start(self, w: Tree, lam: Tree, batch: Any) -> Tree:
         return w if self.inner_init is None else self.inner_init(lam, batch)

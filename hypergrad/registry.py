@@ -6,12 +6,16 @@ from hypergrad.f2sa import F2SA
 from hypergrad.implicit import Implicit
 from hypergrad.moreau import Moreau
 from hypergrad.one_step import OneStep
+from hypergrad.soba import SABA, SOBA, SRBA
 from hypergrad.unrolled import Unrolled
 
 ENGINES: dict[str, type[AbstractEngine]] = {
     engine.__name__.lower(): engine
     for engine in (
         Exact,
+        SABA,
+        SOBA,
+        SRBA,
         F2SA,
         Implicit,
         Moreau,
