@@ -147,20 +147,24 @@ class SAGA(AbstractEstimator):
     needs_slots = True
 
     def init(self, raw: Raw, point: Point, level: Level) -> "_Table":
-        zeros, num = _zeros(raw, point, level), _slots(level).num
-        rows = jax.tree.map(lambda leaf: jnp.zeros((num, *leaf.shape), leaf.dtype), zeros)
-        return _Table(rows, zeros)
+        zeros, slots = _zeros(raw, point, level), _slots(level)
+        rows = jax.tree.map(lambda leaf: jnp.zeros((slots.num, *leaf.shape), leaf.dtype), zeros)
+        return _Table(rows, zeros, slots.draw(jax.random.fold_in(level.key, 1)), zeros)
 
     def __call__(
         self, raw: Raw, point: Point, level: Level, memory: "_Table"
     ) -> tuple[Oracles, Any, "_Table"]:
-        slots = _slots(level)
-        i = slots.draw(level.key)
+        slots, i = _slots(level), memory.index
         now, report = slots.on(i, lambda batch: raw(point, batch))
-        change = jax.tree.map(lambda new, rows: new - rows[i], now, memory.rows)
-        rows = jax.tree.map(lambda rows, new: rows.at[i].set(new), memory.rows, now)
+        change = tree.sub(now, memory.old)
+        put = lambda rows, new: jax.lax.dynamic_update_index_in_dim(rows, new, i, 0)
+        rows = jax.tree.map(put, memory.rows, now)
         mean = tree.axpy(slots.share(i), change, memory.mean)
-        return tree.add(memory.mean, change), report, _Table(rows, mean)
+        # The next step's row is read here, after the write: a read of the table before its update, in the
+        # same step, would make XLA copy the whole table.
+        i = slots.draw(level.key)
+        old = jax.tree.map(lambda rows: jax.lax.dynamic_index_in_dim(rows, i, keepdims=False), rows)
+        return tree.add(memory.mean, change), report, _Table(rows, mean, i, old)
 
 
 class _Mean(NamedTuple):
@@ -177,6 +181,8 @@ class _Path(NamedTuple):
 class _Table(NamedTuple):
     rows: Oracles
     mean: Oracles
+    index: Array  # of the slot of the next step
+    old: Oracles  # and its row
 
 
 def _zeros(raw: Raw, point: Point, level: Level) -> Oracles:

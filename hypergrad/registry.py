@@ -13,14 +13,14 @@ ENGINES: dict[str, type[AbstractEngine]] = {
     engine.__name__.lower(): engine
     for engine in (
         Exact,
-        SABA,
-        SOBA,
-        SRBA,
         F2SA,
         Implicit,
         Moreau,
         OneStep,
         Unrolled,
+        SABA,
+        SOBA,
+        SRBA,
     )
 }
 """The lower-case class name of each engine."""

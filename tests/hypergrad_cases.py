@@ -8,8 +8,8 @@ import bilevel as bl
 @dataclasses.dataclass(frozen=True)
 class EngineCase:
     engine: bl.AbstractEngine
-    solver: bl.AbstractInnerSolver
-    """The inner solver of the accuracy tests."""
+    solver: bl.AbstractInnerSolver | None
+    """The inner solver of the accuracy tests; None for engines that move `w` themselves."""
     tol: float
     """Relative error allowed against the closed form, in float64."""
     numbers: dict[str, tuple[float, float]] = dataclasses.field(default_factory=dict)
@@ -32,4 +32,19 @@ CASES = {
     "moreau": EngineCase(
         bl.Moreau(c=1e4), EXACT_LBFGS, 2e-3, {"c": (100.0, 200.0), "gamma": (3.0, 4.0)}
     ),
+    # Many cycles at one lam: a single-loop method is then a double loop.
+    "soba": EngineCase(
+        bl.SOBA(inner_steps=5000),
+        None,
+        1e-6,
+        {"step_size": (0.1, 0.2), "adjoint_step": (0.1, 0.2)},
+    ),
 }
+
+SINGLE_LOOP = {
+    "soba": bl.SOBA(0.2),
+    "masoba": bl.SOBA(0.2, estimator=bl.EMA(0.5)),
+    "saba": bl.SABA(0.2, adjoint_step=0.1),
+    "srba": bl.SRBA(0.2, estimator=bl.SPIDER(period=3)),
+}
+"""Engines that take one short cycle per outer step, as they are used; they have a contract of their own."""
