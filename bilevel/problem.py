@@ -38,6 +38,8 @@ class Problem(eqx.Module):
       inner_prox: `(v, step, lam) -> w`, the proximal operator of `step` times a nonsmooth term psi(w, lam)
         of the inner problem (see `bilevel.prox`), or a projection on its constraints. `inner` is then the
         smooth part alone: what is minimised is `inner + psi`.
+      inner_penalty: `(w, lam) -> scalar`, that term psi itself, for engines that need its slope in `lam`
+        (`MEHA`; 0 for a projection).
       outer_projection: `lam -> lam`, applied after each outer step, on the natural scale.
 
     Raises TypeError or ValueError for losses that are not callable, data that are not numeric or empty,
@@ -60,6 +62,9 @@ class Problem(eqx.Module):
     inner_prox: Callable[[Tree, Array, Tree], Tree] | None = eqx.field(
         static=True, default=None, kw_only=True
     )
+    inner_penalty: Callable[[Tree, Tree], Array] | None = eqx.field(
+        static=True, default=None, kw_only=True
+    )
     outer_projection: Callable[[Tree], Tree] | None = eqx.field(
         static=True, default=None, kw_only=True
     )
@@ -71,7 +76,7 @@ class Problem(eqx.Module):
                     f"Problem({name}=...) must be a function (w, lam, batch) -> scalar, "
                     f"got {getattr(self, name)!r}."
                 )
-        for name in ("inner_init", "inner_hvp", "inner_prox", "outer_projection"):
+        for name in ("inner_init", "inner_hvp", "inner_prox", "inner_penalty", "outer_projection"):
             value = getattr(self, name)
             if value is not None and not callable(value):
                 raise TypeError(f"Problem({name}=...) must be a function or None, got {value!r}.")

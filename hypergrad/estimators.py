@@ -85,10 +85,12 @@ class EMA(AbstractEstimator):
 class STORM(AbstractEstimator):
     """`d <- now + (1 - rate) (d - before)`, `now` and `before` on one batch at this and the last point.
 
-    The first step takes `now`. Source: Cutkosky and Orabona 2019.
+    The first step takes `now`. `everything=False`: only of what enters the direction of `lam`.
+    Source: Cutkosky and Orabona 2019.
     """
 
     rate: Number = number(0.1, low=0.0, strict=True)
+    everything: bool = static(True)
 
     evaluations = 2
 
@@ -102,7 +104,12 @@ class STORM(AbstractEstimator):
         now, report = raw(point, batch)
         before, _ = raw(memory.point, batch)
         keep = jnp.where(memory.count == 0, 0.0, 1.0 - jnp.asarray(self.rate))
-        oracles = tree.axpy(keep, tree.sub(memory.oracles, before), now)
+        oracles = {
+            name: tree.axpy(keep, tree.sub(memory.oracles[name], before[name]), value)
+            if self.everything or name.endswith("lam")
+            else value
+            for name, value in now.items()
+        }
         return oracles, report, _Path(oracles, point, memory.count + 1)
 
 

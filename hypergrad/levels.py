@@ -66,13 +66,22 @@ class Level(NamedTuple):
     """For the slot."""
 
 
-def levels(problem: Any, key: Array, index: Array | int) -> tuple[Level, Level]:
-    """The inner and the outer data at the `index`-th place of the step that `key` belongs to."""
+def levels(
+    problem: Any, key: Array, index: Array | int, pairs: bool = False
+) -> tuple[Level, Level]:
+    """The inner and the outer data at the `index`-th place of the step that `key` belongs to.
+
+    `pairs`: an inner batch is two batches, drawn independently.
+    """
     sampler = problem.inner_sampler(key)
     place = jax.random.fold_in(key, index)
     slots = getattr(problem, "slots", None)
     inner, outer = (None, None) if slots is None else slots()
+
+    def draw() -> Any:
+        return (sampler(2 * index), sampler(2 * index + 1)) if pairs else sampler(index)
+
     return (
-        Level(lambda: sampler(index), inner, jax.random.fold_in(place, 4)),
+        Level(draw, inner, jax.random.fold_in(place, 4)),
         Level(lambda: problem.outer_batch(place), outer, jax.random.fold_in(place, 5)),
     )

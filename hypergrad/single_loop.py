@@ -35,8 +35,8 @@ class Stage(NamedTuple):
     """Oracles on the outer data."""
     move: Callable[[Oracles, Point], "Move"]
     """What they do: both levels' estimates at the point before the move."""
-    repeats: bool = True
-    """Whether it is among the stages that are taken `inner_steps` times; those come first."""
+    times: int = 1
+    """How often in a row, each time on fresh batches."""
 
 
 class Move(NamedTuple):
@@ -62,8 +62,7 @@ class AbstractSingleLoop(AbstractEngine):
     """What single-loop methods share.
 
     `step_size="auto"` is `1 / (2 L)`, L the largest curvature of the inner loss at the start by 12 Lanczos
-    products on one batch, measured once. `inner_steps` cycles at one `lam` make one outer step; each has fresh
-    batches. DIVERGED where `w` or an own sequence grew beyond 1e8 (1 + its first norm).
+    products on one batch, measured once. DIVERGED where `w` or an own sequence grew beyond 1e8 (1 + its first norm).
 
     `info` is of the batch and of the point at which the direction was taken: `outer_value`, `inner.value`;
     `inner.residual` is the norm of the estimated inner gradient, `inner.num_steps` counts the gradients and
@@ -71,7 +70,6 @@ class AbstractSingleLoop(AbstractEngine):
     """
 
     step_size: eqx.AbstractVar[Number | str]
-    inner_steps: eqx.AbstractVar[int]
     estimator: eqx.AbstractVar[AbstractEstimator]
     estimate: eqx.AbstractVar[bool | None]
 
@@ -93,6 +91,11 @@ class AbstractSingleLoop(AbstractEngine):
                 f"{type(self).__name__}(estimator=...) must be an estimator such as bilevel.STORM(), got "
                 f"{self.estimator!r}."
             )
+
+    @property
+    def pairs(self) -> bool:
+        """Whether the inner oracles take two batches, drawn independently."""
+        return False
 
     @abc.abstractmethod
     def start(self, w: Tree, lam: Tree) -> Point:
@@ -118,7 +121,7 @@ class AbstractSingleLoop(AbstractEngine):
             size = cast(self.step_size, like)
         own = self.start(w, lam)
         point = own | {"w": w, "lam": lam}
-        inner, outer = levels(problem, key, 0)
+        inner, outer = levels(problem, key, 0, self.pairs)
         memory = tuple(
             (
                 self.estimator.init(stage.inner, point, inner),
@@ -142,45 +145,35 @@ class AbstractSingleLoop(AbstractEngine):
         if not isinstance(self.step_size, str):  # it may be a schedule
             size = cast(self.step_size, size)
         stages = self.stages(problem, size)
-        places = [index for index, stage in enumerate(stages) if stage.repeats]
-        rest = [index for index, stage in enumerate(stages) if not stage.repeats]
-        width = len(places)
+        point, memory = {"lam": lam, "w": w} | state.own, list(state.memory)
+        report: dict[str, Any] = {}
+        place = 0
+        for index, stage in enumerate(stages):
+            first = place
 
-        def take(index: int, place: Array | int, point: Point, memory: Any):
-            stage, inner, outer = stages[index], *levels(problem, key, place)
-            first, on_inner, inner_memory = self.estimator(
-                stage.inner, point, inner, memory[index][0]
-            )
-            second, on_outer, outer_memory = self.estimator(
-                stage.outer, point, outer, memory[index][1]
-            )
-            move = stage.move(first | second, point)
-            memory = (*memory[:index], (inner_memory, outer_memory), *memory[index + 1 :])
-            report = on_inner | on_outer | move.report
-            if move.grad is not None:
-                report["grad"] = move.grad
-            return point | move.point, memory, report
+            def take(turn: Array | int, point: Point, memory: Any, stage=stage, first=first):
+                inner, outer = levels(problem, key, first + turn, self.pairs)
+                below, on_inner, inner_memory = self.estimator(stage.inner, point, inner, memory[0])
+                above, on_outer, outer_memory = self.estimator(stage.outer, point, outer, memory[1])
+                move = stage.move(below | above, point)
+                found = on_inner | on_outer | move.report
+                if move.grad is not None:
+                    found["grad"] = move.grad
+                return point | move.point, (inner_memory, outer_memory), found
 
-        def cycle(turn: Array | int, point: Point, memory: Any):
-            report: dict[str, Any] = {}
-            for offset, index in enumerate(places):
-                point, memory, more = take(index, turn * width + offset, point, memory)
-                report |= more
-            return point, memory, report
-
-        point, memory = {"lam": lam, "w": w} | state.own, state.memory
-        if self.inner_steps == 1:
-            point, memory, report = cycle(0, point, memory)
-        else:
-            shapes = jax.eval_shape(lambda p, m: cycle(0, p, m)[2], point, memory)
-            report = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-            point, memory, report = jax.lax.fori_loop(
-                0, self.inner_steps, lambda t, carry: cycle(t, *carry[:2]), (point, memory, report)
-            )
-        for offset, index in enumerate(rest):
-            place = self.inner_steps * width + offset
-            point, memory, more = take(index, place, point, memory)
-            report |= more
+            if stage.times == 1:
+                point, memory[index], found = take(0, point, memory[index])
+            else:
+                shapes = jax.eval_shape(lambda p, m: take(0, p, m)[2], point, memory[index])
+                empty = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+                point, memory[index], found = jax.lax.fori_loop(
+                    0,
+                    stage.times,
+                    lambda turn, carry: take(turn, *carry[:2]),
+                    (point, memory[index], empty),
+                )
+            report |= found
+            place += stage.times
 
         w = point["w"]
         own = {name: point[name] for name in state.own}
@@ -198,7 +191,7 @@ class AbstractSingleLoop(AbstractEngine):
             adjoint_residual=report.get("adjoint_residual"),
             adjoint_steps=count.hvps,
         )
-        return Hypergradient(grad, w, info), _State(own, memory, size, state.limit)
+        return Hypergradient(grad, w, info), _State(own, tuple(memory), size, state.limit)
 
 
 class _State(NamedTuple):

@@ -21,6 +21,7 @@ class AbstractSOBA(AbstractSingleLoop):
     """`w -= s dg/dw;  v -= r (H v - dF/dw);  grad = dF/dlam - C v`, all at one point (Jacobi)."""
 
     adjoint_step: eqx.AbstractVar[Number | None]
+    inner_steps: eqx.AbstractVar[int]
 
     second_order = True
 
@@ -46,7 +47,7 @@ class AbstractSOBA(AbstractSingleLoop):
             }
             return Move(after, report, tree.sub(oracles["f_lam"], oracles["cross_lam"]))
 
-        return (Stage(inner, outer_oracles(problem), move),)
+        return (Stage(inner, outer_oracles(problem), move, self.inner_steps),)
 
     def cost(self) -> Cost:
         times = self.inner_steps * self.estimator.evaluations
@@ -57,8 +58,8 @@ class SOBA(AbstractSOBA):
     """Three moves at once: inner variable, adjoint and outer variable, each on one batch.
 
     `w -= s dg/dw;  v -= r (H v - dF/dw);  grad = dF/dlam - C v`, everything at the point before the step.
-    `adjoint_step=None` is r = s. With the estimator `EMA(rate)` it is MA-SOBA, with `STORM(rate)` a
-    momentum form of all three directions.
+    `adjoint_step=None` is r = s. `inner_steps` of it at one `lam` make one outer step. With the estimator
+    `EMA(rate)` it is MA-SOBA, with `STORM(rate)` a momentum form of all three directions.
 
     Class: smooth inner problems, strongly convex. With noise the steps (and those of the outer rule) have to
     decay, in the paper as `k^-1/2`; without noise constant steps converge linearly.

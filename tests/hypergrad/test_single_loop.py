@@ -57,6 +57,219 @@ def test_noise_without_variance_reduction_leaves_a_floor(seed):
     assert distance(case, problem, bl.SOBA(0.1), 0.03, 5000, case.optimum()) > 1e-2
 
 
+@pytest.mark.parametrize(
+    ("engine", "rate", "steps", "size", "penalty", "tol"),
+    [
+        (bl.F3SA(0.45, 1e3, 1.0, 60, estimator=bl.Plain()), 0.2, 400, None, 1e3, 2e-12),  # F2BA
+        (bl.F3SA(0.25, 50.0, 1.0, 10, estimator=bl.Plain()), 0.1, 600, None, 50.0, 7e-11),
+        (bl.F3SA(0.25, 5.0, estimator=bl.SPIDER()), 0.02, 3000, 4, 5.0, 1e-12),
+    ],
+    ids=["f2ba", "f2sa", "spider"],
+)
+def test_first_order_loop_ends_at_the_penalised_optimum(
+    engine, rate, steps, size, penalty, tol, seed
+):
+    case, problem = quadratic(seed, batch_size=size)
+    target = case.penalised_optimum(penalty)
+    assert distance(case, problem, engine, rate, steps, target) < tol
+
+
+def test_growing_penalty_goes_to_the_optimum_itself(seed):
+    case, problem = quadratic(seed)
+    s = bl.schedules.penalty(0.25, noise="none")
+    engine = bl.F3SA(s.step_size, s.penalty, inner_steps=10, estimator=bl.Plain())
+    early = distance(case, problem, engine, s.outer, 100, case.optimum())
+    assert distance(case, problem, engine, s.outer, 1000, case.optimum()) < min(0.3, early / 1.5)
+
+
+def test_noise_coupled_batches_and_momentum(seed):
+    """One batch for both copies cancels most of the noise; momentum does as well with single steps."""
+    case, problem = quadratic(seed, batch_size=4)
+    s = bl.schedules.penalty(0.25, noise="both")
+    f2sa = bl.F3SA(s.step_size, s.penalty, inner_steps=10, estimator=bl.Plain())
+    target = case.penalised_optimum(float(s.penalty(jnp.asarray(5000))))
+    coupled = distance(case, problem, f2sa, s.outer, 5000, target)
+    apart = dataclasses.replace(f2sa, coupled=False)
+    assert coupled < 0.05 and 2 * coupled < distance(case, problem, apart, s.outer, 5000, target)
+    s = bl.schedules.penalty(0.25, noise="both", momentum=True, xi=0.3, offset=100.0)
+    f3sa = bl.F3SA(s.step_size, s.penalty, estimator=bl.STORM(power(1.0, 0.8, 100.0)))
+    target = case.penalised_optimum(float(s.penalty(jnp.asarray(15_000))))
+    assert distance(case, problem, f3sa, s.outer, 15_000, target) < 0.05
+
+
+@pytest.mark.parametrize(("order", "tol"), [(1, 6e-2), (2, 1.3e-3), (3, 8e-5)])
+def test_differences_of_any_order_with_eighty_gradient_steps(order, tol, seed):
+    """The double loop `F2SA` with single gradient steps for a solver: F2SA-p of the table."""
+    case, problem = quadratic(seed)
+    engine = bl.F2SA(nu=0.02, order=order)
+    solver = bl.GradientDescent(0.45, max_steps=80, tol=0.0)
+    found = distance(case, problem, engine, 0.2, 300, case.optimum(), solver=solver)
+    assert tol / 1000 < found < tol
+
+
+@pytest.mark.parametrize(
+    ("engine", "rate", "steps", "size", "tol"),
+    [
+        (bl.MEHA(0.2, c=20.0, gamma=4.0), 0.01, 20_000, None, 1e-12),
+        (bl.MEHA(0.1, c=5.0, gamma=4.0, estimator=bl.SAGA()), 0.02, 5000, 4, 1e-12),
+    ],
+    ids=["meha", "meha-saga"],
+)
+def test_moreau_loop_ends_at_its_closed_form(engine, rate, steps, size, tol, seed):
+    case, problem = quadratic(seed, batch_size=size)
+    target = case.moreau_optimum(float(engine.c), 4.0)
+    assert distance(case, problem, engine, rate, steps, target) < tol
+
+
+def test_moreau_loop_with_a_growing_penalty(seed):
+    case, problem = quadratic(seed)
+    c = power(2.0, -0.49)
+    engine, rate = bl.MEHA(0.2, c=c, gamma=4.0), lambda step: 0.2 / c(step)
+    assert distance(case, problem, engine, rate, 20_000, case.optimum()) < 1.7e-2
+
+
+def test_moreau_loop_on_the_lasso(seed):
+    """P3: min sum y over x in [0, 1]^n, y = argmin 1/2 |y - a|^2 + sum x_i |y_i|: value -1/2, from below."""
+    n = 4
+    a = jnp.repeat(jnp.array([1.0, -1.0]), n // 2) / n
+    problem = bl.Problem(
+        lambda w, lam, batch: 0.5 * jnp.sum((w - batch) ** 2),
+        lambda w, lam, batch: jnp.sum(w),
+        a,
+        inner_prox=bl.prox.l1,
+        inner_penalty=lambda w, lam: jnp.sum(lam * jnp.abs(w)),
+        outer_projection=lambda lam: jnp.clip(lam, 0.0, 1.0),
+    )
+    c = power(20.0, -0.49)
+    engine = bl.MEHA(0.1, c=c, gamma=10.0, theta_step=0.1)
+    result = bl.run(
+        problem,
+        jnp.full(n, 0.1),
+        jnp.full(n, 0.1),
+        engine=engine,
+        outer=optax.sgd(lambda step: 0.1 / c(step)),
+        num_steps=20_000,
+        chunk=20_000,
+    )
+    y = np.asarray(result.w)
+    np.testing.assert_allclose(y, np.repeat([0.0, -1.0], n // 2) / n, atol=5e-3)
+    np.testing.assert_allclose(result.lam[n // 2 :], 0.0, atol=5e-3)
+    assert np.all(result.lam[: n // 2] >= 1 / n - 5e-3) and -0.51 < y.sum() < -0.49
+    bare = dataclasses.replace(problem, inner_penalty=None)
+    with pytest.raises(ValueError, match="inner_penalty"):
+        bl.hypergradient(bare, jnp.ones(n), jnp.ones(n), engine=engine)
+    with pytest.raises(ValueError, match="SOBA is for smooth"):
+        bl.hypergradient(problem, jnp.ones(n), jnp.ones(n), engine="soba")
+
+
+def test_moreau_loop_on_a_weakly_convex_problem():
+    """P4: f = (x - a)^2 + (y - a - c)^2, g = sin(x + y - c), a = c = 2: x* = 3 pi / 4, y* = x* + 2."""
+    problem = bl.Problem(
+        lambda w, lam, batch: jnp.sin(lam + w - 2.0),
+        lambda w, lam, batch: (lam - 2.0) ** 2 + (w - 4.0) ** 2,
+    )
+    c = power(5.0, -0.48)
+    engine = bl.MEHA(0.1, c=c, gamma=0.4, theta_step=0.1)
+    result = bl.run(
+        problem,
+        1.5,
+        3.5,
+        engine=engine,
+        outer=optax.sgd(lambda step: 0.05 / c(step)),
+        num_steps=20_000,
+        chunk=20_000,
+    )
+    x = 3 * np.pi / 4
+    np.testing.assert_allclose([result.lam, result.w], [x, x + 2], atol=1e-2)
+    assert abs(float(result.history.outer_value[-1]) - 2 * (x - 2) ** 2) < 1e-2
+
+
+def by_hand(name, case, batches, lam, w, num_steps, s=0.2, rate=0.05, c=5.0, gamma=3.0):
+    """The order of updates, in NumPy on the quadratic: `(lam, w)` after full outer steps."""
+    y, v = w, np.zeros_like(w)
+
+    def means(inner, outer):
+        mean = lambda x: np.asarray(x).mean(axis=0)
+        return *(mean(inner[k]) for k in "ABb"), *(mean(outer[k]) for k in ("D", "t", "rho"))
+
+    for step in range(num_steps):
+        at = lambda turn, step=step: means(*batches(step, turn))
+        if name == "soba":  # two cycles, all from one point
+            for turn in (0, 1):
+                A, B, b, D, t, rho = at(turn)
+                f_w = D @ (w - t)
+                grad = rho * lam + B.T @ v
+                w, v = w - s * (A @ w - B @ lam - b), v - 0.1 * (A @ v - f_w)
+        elif name == "f3sa":  # two moves of both copies, then lam at the new ones
+            for turn in (0, 1):
+                A, B, b, D, t, rho = at(turn)
+                slope = lambda z, A=A, r=B @ lam + b: A @ z - r
+                w, y = w - s * slope(w), y - 0.5 * s / c * (D @ (y - t) + c * slope(y))
+            A, B, b, D, t, rho = at(2)
+            grad = rho * lam - c * B.T @ (y - w)
+        else:  # y, then theta from the new y, then lam
+            A, B, b, D, t, rho = at(0)
+            y = y - s * (D @ (y - t) / c + A @ y - B @ lam - b - (y - w) / gamma)
+            A, B, b, D, t, rho = at(1)
+            w = w - 0.1 * (A @ w - B @ lam - b + (w - y) / gamma)
+            A, B, b, D, t, rho = at(2)
+            grad = rho * lam - c * B.T @ (y - w)
+        lam = lam - rate * grad
+    return lam, w
+
+
+@pytest.mark.parametrize("name", ["soba", "f3sa", "meha"])
+def test_order_of_updates_and_batches(name, seed):
+    """Three outer steps on batches equal those written out by hand; every move sees a fresh batch."""
+    case = problems.make("quadratic", seed, n=7)
+    problem = bl.Problem(case.inner, case.outer, case.inner_data, case.outer_data, batch_size=3)
+    engine = {
+        "soba": bl.SOBA(0.2, 0.1, inner_steps=2),
+        "f3sa": bl.F3SA(0.2, 5.0, inner_steps=2, estimator=bl.Plain()),
+        "meha": bl.MEHA(0.2, c=5.0, gamma=3.0, theta_step=0.1),
+    }[name]
+    key = jax.random.key(seed)
+
+    def batches(step, turn):
+        at = jax.random.fold_in(key, step)
+        return problem.inner_sampler(at)(turn), problem.outer_batch(jax.random.fold_in(at, turn))
+
+    w = np.linspace(-1, 1, case.w.size)
+    result = bl.run(
+        problem,
+        case.lam,
+        jnp.asarray(w),
+        engine=engine,
+        outer=optax.sgd(0.05),
+        num_steps=3,
+        key=key,
+    )
+    lam, w = by_hand(name, case, batches, np.asarray(case.lam), w, 3)
+    np.testing.assert_allclose(result.lam, lam, rtol=1e-10)
+    np.testing.assert_allclose(result.w, w, rtol=1e-10)
+
+
+def test_table_estimate_is_unbiased(seed):
+    """At any table, the mean of the estimate over slots, each by its rows, is the mean over all rows."""
+    from hypergrad.levels import Level, Slots
+
+    data = jnp.asarray(np.random.default_rng(seed).normal(size=(7, 2)))
+    slots = Slots(data, 3)
+    raw = lambda point, batch: ({"x": point["w"] * jnp.mean(batch, axis=0)}, {})
+    level = lambda key: Level(lambda: data[:3], slots, jax.random.key(key))
+    saga, memory = bl.SAGA(), None
+    memory = saga.init(raw, {"w": jnp.asarray(1.0)}, level(0))
+    for key in range(9):
+        *_, memory = saga(raw, {"w": jnp.asarray(1.0 + key)}, level(key), memory)
+    shares = np.array([3, 3, 1]) / 7
+    np.testing.assert_allclose(memory.mean["x"], shares @ memory.rows["x"], rtol=1e-12)
+    at = lambda i: memory._replace(index=jnp.int32(i), old={"x": memory.rows["x"][i]})
+    found = [saga(raw, {"w": jnp.asarray(2.0)}, level(0), at(i))[0]["x"] for i in range(3)]
+    np.testing.assert_allclose(shares @ np.stack(found), 2 * data.mean(axis=0), rtol=1e-12)
+    drawn = jax.vmap(slots.draw)(jax.random.split(jax.random.key(seed), 3000))
+    np.testing.assert_allclose(np.bincount(drawn, minlength=3) / 3000, shares, atol=0.05)
+
+
 def flat(x):
     return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(x)])
 
@@ -138,6 +351,16 @@ def test_refusals(seed):
         bl.SOBA("best")
     with pytest.raises(TypeError, match="must be an estimator"):
         bl.SOBA(estimator="saga")
+    for ratio in (1.5, power(0.5, 0.1)):
+        with pytest.raises(ValueError, match=r"\(0, 1\]"):
+            bl.F3SA(ratio=ratio)
+    for exponents in ((0.4, 0.6), (0.5, -0.1)):
+        with pytest.raises(ValueError, match="0 <= c <= a <= 1"):
+            bl.schedules.penalty(0.1, exponents=exponents)
+    with pytest.raises(ValueError, match="ratio must be in"):
+        bl.schedules.penalty(0.1, ratio=2.0)
+    with pytest.raises(ValueError, match="two batches at once"):
+        bl.F3SA(coupled=False, estimator=bl.SAGA())
     shared = dataclasses.replace(problem, batch_size=4, same_rows=True)
     with pytest.raises(ValueError, match="rows of the data by number"):
         call(shared, engine="saba")
