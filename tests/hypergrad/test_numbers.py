@@ -21,6 +21,13 @@ NUMBERS |= {
     bl.SABA: NUMBERS[bl.SOBA],
     bl.SRBA: NUMBERS[bl.SOBA],
     bl.F3SA: {"step_size": (0.2, 0.3), "penalty": (10.0, 20.0), "ratio": (0.5, 0.6)},
+    bl.BAMM: {"step_size": (0.2, 0.3), "adjoint_step": (0.1, 0.2), "mu": (0.2, 0.3)},
+    bl.AmIGO: NUMBERS[bl.SOBA],
+    bl.StocBiO: NUMBERS[bl.SOBA],
+    bl.FSLA: NUMBERS[bl.SOBA],
+    bl.VPBGD: {"step_size": (0.2, 0.3), "penalty": (5.0, 6.0), "outer_step": (0.1, 0.2)},
+    bl.GPBGD: {"step_size": (0.01, 0.02), "penalty": (5.0, 6.0)},
+    bl.BOME: {"step_size": (0.2, 0.3), "eta": (0.5, 0.6), "outer_step": (0.1, 0.2)},
     bl.MEHA: {
         "step_size": (0.2, 0.3),
         "c": (10.0, 20.0),
