@@ -41,18 +41,19 @@ class Slots(eqx.Module):
 
     def on(self, index: Array, fn: Callable[[Any], Any]) -> Any:
         """`fn(batch)` for this slot's batch; it is compiled for each of the two lengths."""
-        if self.size is None:
+        size = self.size
+        if size is None:
             return fn(self.data)
 
         def rows(length: int) -> Any:
-            cut = lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, index * self.size, length)
+            cut = lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, index * size, length)
             return jax.tree.map(cut, self.data)
 
-        short = self.num_rows % self.size
+        short = self.num_rows % size
         if short == 0:
-            return fn(rows(self.size))
+            return fn(rows(size))
         last = index == self.num - 1
-        return jax.lax.cond(last, lambda: fn(rows(short)), lambda: fn(rows(self.size)))
+        return jax.lax.cond(last, lambda: fn(rows(short)), lambda: fn(rows(size)))
 
 
 class Level(NamedTuple):

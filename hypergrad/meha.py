@@ -98,7 +98,8 @@ class MEHA(AbstractSingleLoop):
         def direct(oracles: Oracles, point: Point) -> Move:
             gap = oracles["gap_lam"]
             if penalty is not None:
-                kinks = lambda lam: penalty(point["y"], lam) - penalty(point["w"], lam)
+                term = penalty
+                kinks = lambda lam: term(point["y"], lam) - term(point["w"], lam)
                 gap = tree.add(gap, jax.grad(kinks)(point["lam"]))
             return Move({}, grad=tree.axpy(c, gap, oracles["f_lam"]))
 

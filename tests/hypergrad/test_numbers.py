@@ -95,7 +95,9 @@ def setup_of(cls, which):
     # The error estimate has no numbers, and takes long to compile.
     if issubclass(cls, bl.AbstractEngine):
         options = {"estimate": False} if hasattr(cls, "estimate") else {}
-        if hasattr(cls, "adjoint_step"):  # which is seen from the second cycle on
+        if hasattr(cls, "adjoint_step") and hasattr(
+            cls, "inner_steps"
+        ):  # which is seen from the second cycle on
             options["inner_steps"] = 3
         return with_numbers(
             cls, which, **options
@@ -133,7 +135,13 @@ def test_numbers_lam_and_data_trace_once(cls, seed, count_traces):
     assert not np.allclose(loop[:, 0], loop[:, 1], rtol=1e-3)
     if not NUMBERS[cls]:
         return
-    exact = {bl.Exact, bl.Implicit, bl.Unrolled, bl.STORM}  # its rate says nothing without noise
+    exact = {
+        bl.Exact,
+        bl.Implicit,
+        bl.Unrolled,
+        bl.STORM,
+        bl.BAMM,
+    }  # its rate says nothing without noise
     if issubclass(cls, bl.AbstractEngine | bl.AbstractEstimator) and cls not in exact:
         assert not np.allclose(loop[0], loop[1], rtol=1e-6)
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *setups)
