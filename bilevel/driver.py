@@ -266,6 +266,8 @@ def _chunk(
         moved = RunState(state.step + 1, lam, h.w, engine_state, outer_state, best, worst)
         # A hypergradient that cannot be trusted moves nothing.
         stayed = state._replace(step=state.step + 1, worst=worst)
+        if not engine.rewinds:
+            stayed = stayed._replace(engine=engine_state)
         return _select(good, moved, stayed), state.lam, h, buffer, taken + 1
 
     h_shape, _ = eqx.filter_eval_shape(engine_at, state)
@@ -336,5 +338,5 @@ def _point(rule, scales, state: RunState) -> Tree:
 
 
 def _select(condition: Array, x: Any, y: Any) -> Any:
-    """`where` for trees that may hold random keys."""
-    return jax.tree.map(lambda a, b: jax.lax.select(condition, a, b), x, y)
+    """`where` for trees that may hold random keys; an array that is in both is taken as it is."""
+    return jax.tree.map(lambda a, b: a if a is b else jax.lax.select(condition, a, b), x, y)

@@ -11,6 +11,7 @@ from jax import Array
 
 from bilevel.sampling import minibatch, num_rows
 from hypergrad.certificate import Constants
+from hypergrad.levels import Slots
 from solvers.types import MatVec, Objective, Sampler, Tree, constant_sampler
 
 Loss = Callable[[Tree, Tree, Any], Array]
@@ -39,6 +40,8 @@ class Problem(eqx.Module):
       inner_prox: `(v, step, lam) -> w`, the proximal operator of `step` times a nonsmooth term psi(w, lam)
         of the inner problem (see `bilevel.prox`), or a projection on its constraints. `inner` is then the
         smooth part alone: what is minimised is `inner + psi`.
+      inner_penalty: `(w, lam) -> scalar`, that term psi itself, for engines that need its slope in `lam`
+        (`MEHA`; 0 for a projection).
       outer_projection: `lam -> lam`, applied after each outer step, on the natural scale.
 
     Raises TypeError or ValueError for losses that are not callable, data that are not numeric or empty,
@@ -64,6 +67,9 @@ class Problem(eqx.Module):
     inner_prox: Callable[[Tree, Array, Tree], Tree] | None = eqx.field(
         static=True, default=None, kw_only=True
     )
+    inner_penalty: Callable[[Tree, Tree], Array] | None = eqx.field(
+        static=True, default=None, kw_only=True
+    )
     outer_projection: Callable[[Tree], Tree] | None = eqx.field(
         static=True, default=None, kw_only=True
     )
@@ -77,7 +83,7 @@ class Problem(eqx.Module):
                 )
         functions = (
             *("inner_init", "inner_hvp", "inner_preconditioner"),
-            *("inner_prox", "outer_projection"),
+            *("inner_prox", "inner_penalty", "outer_projection"),
         )
         for name in functions:
             value = getattr(self, name)
@@ -135,6 +141,13 @@ class Problem(eqx.Module):
             return self.outer_data
         level = 0 if self.same_rows else 1
         return minibatch(self.outer_data, size, jax.random.fold_in(key, level))
+
+    def slots(self) -> tuple[Slots | None, Slots | None]:
+        """The numbered batches of the inner and the outer data; None where batches are shared rows."""
+        if self.same_rows:
+            return None, None
+        inner, outer = self.batch_size
+        return Slots(self.inner_data, inner), Slots(self.outer_data, outer)
 
     def start(self, w: Tree, lam: Tree, batch: Any) -> Tree:
         return w if self.inner_init is None else self.inner_init(lam, batch)

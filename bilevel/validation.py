@@ -79,6 +79,11 @@ def solver(value: Any, engine: AbstractEngine, problem: BilevelProblem) -> Solve
     """An inner solver from its instance, registry name, a function of lam, or the engine's default."""
     name = type(engine).__name__
     nonsmooth = has_prox(problem)
+    if value is not None and not engine.uses_solver:
+        raise ValueError(
+            f"{name} moves the inner variable itself (step_size=..., inner_steps=...) and would ignore "
+            f"solver={value!r}. Leave it out."
+        )
     if nonsmooth and not engine.proximal:
         raise ValueError(
             f"the problem has an inner_prox, but {name} is for smooth inner problems. Use the engine "
@@ -95,7 +100,7 @@ def solver(value: Any, engine: AbstractEngine, problem: BilevelProblem) -> Solve
             raise ValueError(f"solver must be one of {', '.join(SOLVERS)}, got {value!r}.")
         value = SOLVERS[value.lower()]()
     if isinstance(value, AbstractInnerSolver):
-        if nonsmooth:
+        if nonsmooth and engine.uses_solver:
             check_proximal(value)
         if not value.symmetric and not isinstance(problem.inner, Mapping):
             raise ValueError(

@@ -1,22 +1,45 @@
 """The middle floor: two levels. (problem, inner solver) -> hypergradient with a trust report."""
 
 from hypergrad import optimality
+from hypergrad.amigo import FSLA, AmIGO, StocBiO
+from hypergrad.bamm import BAMM
 from hypergrad.base import AbstractEngine, BilevelProblem, Hypergradient, HypergradInfo
 from hypergrad.certificate import Constants
+from hypergrad.estimators import EMA, SAGA, SPIDER, STORM, AbstractEstimator, Plain
 from hypergrad.exact import Exact
 from hypergrad.f2sa import F2SA
+from hypergrad.f3sa import F3SA
 from hypergrad.forward import Forward
 from hypergrad.implicit import Implicit
+from hypergrad.joint_penalty import BOME, GPBGD, VPBGD
+from hypergrad.meha import MEHA
 from hypergrad.moreau import Moreau
 from hypergrad.one_step import OneStep
 from hypergrad.registry import ENGINES
 from hypergrad.root import implicit
+from hypergrad.soba import SABA, SOBA, SRBA
 from hypergrad.unrolled import Unrolled
 
 __all__ = [
+    "BAMM",
+    "BOME",
+    "EMA",
     "ENGINES",
     "F2SA",
+    "F3SA",
+    "FSLA",
+    "GPBGD",
+    "MEHA",
+    "SABA",
+    "SAGA",
+    "SOBA",
+    "SPIDER",
+    "SRBA",
+    "STORM",
+    "VPBGD",
     "AbstractEngine",
+    "AbstractEstimator",
+    "AmIGO",
     "BilevelProblem",
     "Constants",
     "Exact",
@@ -26,6 +49,8 @@ __all__ = [
     "Implicit",
     "Moreau",
     "OneStep",
+    "Plain",
+    "StocBiO",
     "Unrolled",
     "implicit",
     "optimality",

@@ -104,6 +104,10 @@ class AbstractEngine(Settings):
     """Whether the inner solver's steps are differentiated."""
     needs_implicit: ClassVar[bool] = False
     """Whether the derivative ignores how the inner solver got there (its start and its settings)."""
+    uses_solver: ClassVar[bool] = True
+    """Whether an inner solver moves `w`; else the engine does so itself."""
+    rewinds: ClassVar[bool] = True
+    """Whether the driver keeps the state before a step that fails; costs a copy of the state per step."""
 
     @abc.abstractmethod
     def init(self, problem: BilevelProblem, solver: Solver, w: Tree, lam: Tree, key: Array) -> Any:

@@ -1,12 +1,18 @@
 """Engines by name. A new engine is one line here."""
 
+from hypergrad.amigo import FSLA, AmIGO, StocBiO
+from hypergrad.bamm import BAMM
 from hypergrad.base import AbstractEngine
 from hypergrad.exact import Exact
 from hypergrad.f2sa import F2SA
+from hypergrad.f3sa import F3SA
 from hypergrad.forward import Forward
 from hypergrad.implicit import Implicit
+from hypergrad.joint_penalty import BOME, GPBGD, VPBGD
+from hypergrad.meha import MEHA
 from hypergrad.moreau import Moreau
 from hypergrad.one_step import OneStep
+from hypergrad.soba import SABA, SOBA, SRBA
 from hypergrad.unrolled import Unrolled
 
 ENGINES: dict[str, type[AbstractEngine]] = {
@@ -19,6 +25,18 @@ ENGINES: dict[str, type[AbstractEngine]] = {
         Moreau,
         OneStep,
         Unrolled,
+        F3SA,
+        FSLA,
+        AmIGO,
+        StocBiO,
+        BAMM,
+        BOME,
+        GPBGD,
+        VPBGD,
+        MEHA,
+        SABA,
+        SOBA,
+        SRBA,
     )
 }
 """The lower-case class name of each engine."""

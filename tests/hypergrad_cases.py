@@ -9,8 +9,8 @@ import bilevel as bl
 @dataclasses.dataclass(frozen=True)
 class EngineCase:
     engine: bl.AbstractEngine
-    solver: bl.AbstractInnerSolver
-    """The inner solver of the accuracy tests."""
+    solver: bl.AbstractInnerSolver | None
+    """The inner solver of the accuracy tests; None for engines that move `w` themselves."""
     tol: float
     """Relative error allowed against the closed form, in float64."""
     numbers: dict[str, tuple[Any, Any]] = dataclasses.field(default_factory=dict)
@@ -39,4 +39,29 @@ CASES = {
     "moreau": EngineCase(
         bl.Moreau(c=1e4), EXACT_LBFGS, 2e-3, {"c": (100.0, 200.0), "gamma": (3.0, 4.0)}
     ),
+    # Many cycles at one lam: a single-loop method is then a double loop.
+    "soba": EngineCase(
+        bl.SOBA(inner_steps=5000),
+        None,
+        1e-6,
+        {"step_size": (0.1, 0.2), "adjoint_step": (0.1, 0.2)},
+    ),
 }
+
+SINGLE_LOOP = {
+    "soba": bl.SOBA(0.2),
+    "masoba": bl.SOBA(0.2, estimator=bl.EMA(0.5)),
+    "saba": bl.SABA(0.2, adjoint_step=0.1),
+    "f3sa": bl.F3SA(0.2, penalty=5.0),
+    "f2sa": bl.F3SA(0.2, penalty=5.0, inner_steps=2, coupled=False, estimator=bl.Plain()),
+    "meha": bl.MEHA(0.2, c=5.0),
+    "bamm": bl.BAMM(0.2, mu=0.3),
+    "amigo": bl.AmIGO(0.2, inner_steps=2, adjoint_steps=3),
+    "stocbio": bl.StocBiO(0.2, inner_steps=2, adjoint_steps=3),
+    "fsla": bl.FSLA(0.2),
+    "vpbgd": bl.VPBGD(0.2, penalty=5.0),
+    "gpbgd": bl.GPBGD(0.01, penalty=5.0),
+    "bome": bl.BOME(0.2, inner_steps=3),
+    "srba": bl.SRBA(0.2, estimator=bl.SPIDER(period=3)),
+}
+"""Engines that take one short cycle per outer step, as they are used; they have a contract of their own."""

@@ -117,6 +117,29 @@ class Quadratic(Case):
         """Where that gradient is zero."""
         return self._root(self._moreau_E(penalty, gamma))
 
+    def squared_optimum(self, penalty: float) -> np.ndarray:
+        """Where the gradient of min over w of f + penalty/2 |grad_w g|^2 is zero."""
+        A, _, _, D, _, _ = self.means
+        return self._root(np.linalg.solve(A @ A, D) / penalty)
+
+    def aggregated_optimum(self, mu: float) -> np.ndarray:
+        """Where dF/dlam - C v is zero with phi = mu f + (1 - mu) g for the inner loss (BAMM).
+
+        rho lam + B'M D M A (w* - t) with M = (A + D mu / (1 - mu))^-1.
+        """
+        A, B, b, D, t, rho = self.means
+        M = np.linalg.inv(A + mu / (1 - mu) * D)
+        K = B.T @ M @ D @ M
+        return np.linalg.solve(rho * np.eye(B.shape[1]) + K @ B, K @ (A @ t - b))
+
+    def series_optimum(self, terms: int, step: float) -> np.ndarray:
+        """Where dF/dlam - C v is zero with v = step sum_(q < terms) (I - step A)^q grad_w f (stocBiO)."""
+        A, B, b, D, t, rho = self.means
+        once = np.eye(len(A)) - step * A
+        N = step * sum(np.linalg.matrix_power(once, q) for q in range(terms))
+        K = B.T @ N @ D @ np.linalg.inv(A)
+        return np.linalg.solve(rho * np.eye(B.shape[1]) + K @ B, K @ (A @ t - b))
+
     def _value_E(self, penalty: float) -> np.ndarray:
         A, _, _, D, _, _ = self.means
         return np.linalg.solve(A, D) / penalty

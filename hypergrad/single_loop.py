@@ -1,0 +1,212 @@
+"""Single-loop methods: one cycle of short moves per outer step, no inner convergence.
+
+A method is a few `Stage`s in order. Each has raw oracles (means over rows), which an estimator takes
+on a fresh batch, and a move that combines them. One stage that evaluates everything at one point is a Jacobi
+method (SOBA), several are a Gauss-Seidel one (F3SA, MEHA). `lam` is moved by the driver's rule at the end
+of the cycle, by the direction that the last stage returns.
+"""
+
+import abc
+from collections.abc import Callable
+from typing import Any, ClassVar, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from hypergrad.base import AbstractEngine, BilevelProblem, Hypergradient, Solver, make_info
+from hypergrad.derivatives import hessian_product
+from hypergrad.estimators import AbstractEstimator, Oracles, Point, Raw
+from hypergrad.levels import levels
+from solvers import SolveInfo, Status, tree
+from solvers.fields import Number, cast
+from solvers.linear.spectrum import largest_eigenvalue
+from solvers.status import where
+from solvers.types import Tree
+
+
+class Stage(NamedTuple):
+    """One move of a cycle."""
+
+    inner: Raw
+    """Oracles on the inner data."""
+    outer: Raw
+    """Oracles on the outer data."""
+    move: Callable[[Oracles, Point], "Move"]
+    """What they do: both levels' estimates at the point before the move."""
+    times: int = 1
+    """How often in a row, each time on fresh batches."""
+
+
+class Move(NamedTuple):
+    """What a stage changes, and what it learnt."""
+
+    point: Point
+    """New values of some variables, never of `lam`."""
+    report: dict[str, Array] = {}  # noqa: RUF012
+    """Some of "residual" and "adjoint_residual"."""
+    grad: Tree | None = None
+    """The direction for `lam`."""
+
+
+class Cost(NamedTuple):
+    """Oracle calls per outer step; a gradient is one backward pass over one batch, of one loss."""
+
+    gradients: int = 0
+    hvps: int = 0
+    """Hessian-vector products, with the cross derivative that comes along."""
+
+
+class AbstractSingleLoop(AbstractEngine):
+    """What single-loop methods share.
+
+    `step_size="auto"` is `1 / (2 L)`, L the largest curvature of the inner loss at the start by 12 Lanczos
+    products on one batch, measured once. DIVERGED where `w` or an own sequence grew beyond 1e8 (1 + its first norm).
+
+    `info` is of the batch and of the point at which the direction was taken: `outer_value`, `inner.value`;
+    `inner.residual` is the norm of the estimated inner gradient, `inner.num_steps` counts the gradients and
+    `adjoint_steps` the Hessian-vector products of the step (`cost()`).
+    """
+
+    step_size: eqx.AbstractVar[Number | str]
+    estimator: eqx.AbstractVar[AbstractEstimator]
+    estimate: eqx.AbstractVar[bool | None]
+
+    estimates = False
+    needs_implicit = True
+    uses_solver = False
+    rewinds = False  # a table is updated in place: there is no old one to go back to
+    second_order: ClassVar[bool] = False
+    """Whether it needs Hessian-vector products."""
+
+    def __check_init__(self) -> None:
+        if isinstance(self.step_size, str) and self.step_size != "auto":
+            raise ValueError(
+                f"{type(self).__name__}(step_size=...) must be a positive number or 'auto', got "
+                f"{self.step_size!r}."
+            )
+        if not isinstance(self.estimator, AbstractEstimator):
+            raise TypeError(
+                f"{type(self).__name__}(estimator=...) must be an estimator such as bilevel.STORM(), got "
+                f"{self.estimator!r}."
+            )
+
+    @property
+    def pairs(self) -> bool:
+        """Whether the inner oracles take two batches, drawn independently."""
+        return False
+
+    @abc.abstractmethod
+    def start(self, w: Tree, lam: Tree) -> Point:
+        """The method's own variables before the first step."""
+
+    @abc.abstractmethod
+    def stages(self, problem: BilevelProblem, size: Array) -> tuple[Stage, ...]:
+        """The cycle; `size` is the step size, a scalar of the accumulation dtype."""
+
+    @abc.abstractmethod
+    def cost(self) -> Cost:
+        """Oracle calls per outer step."""
+
+    def init(
+        self, problem: BilevelProblem, solver: Solver, w: Tree, lam: Tree, key: Array
+    ) -> "_State":
+        like = jnp.zeros((), tree.accumulation_dtype(w))
+        if isinstance(self.step_size, str):
+            product = hessian_product(problem, w, lam, problem.inner_sampler(key)(0))
+            curvature = largest_eigenvalue(product, w, jax.random.fold_in(key, 2))
+            size = jnp.where(curvature > 0, 0.5 / curvature, 1.0).astype(like.dtype)
+        else:
+            size = cast(self.step_size, like)
+        own = self.start(w, lam)
+        point = own | {"w": w, "lam": lam}
+        inner, outer = levels(problem, key, 0, self.pairs)
+        memory = tuple(
+            (
+                self.estimator.init(stage.inner, point, inner),
+                self.estimator.init(stage.outer, point, outer),
+            )
+            for stage in self.stages(problem, size)
+        )
+        limit = 1e8 * (1 + tree.norm(own | {"w": w}))
+        return _State(own, memory, size, limit)
+
+    def step(
+        self,
+        problem: BilevelProblem,
+        solver: Solver,
+        w: Tree,
+        lam: Tree,
+        state: "_State",
+        key: Array,
+    ) -> tuple[Hypergradient, "_State"]:
+        size = state.size
+        if not isinstance(self.step_size, str):  # it may be a schedule
+            size = cast(self.step_size, size)
+        stages = self.stages(problem, size)
+        point, memory = {"lam": lam, "w": w} | state.own, list(state.memory)
+        report: dict[str, Any] = {}
+        place = 0
+        for index, stage in enumerate(stages):
+            first = place
+
+            def take(turn: Array | int, point: Point, memory: Any, stage=stage, first=first):
+                inner, outer = levels(problem, key, first + turn, self.pairs)
+                below, on_inner, inner_memory = self.estimator(stage.inner, point, inner, memory[0])
+                above, on_outer, outer_memory = self.estimator(stage.outer, point, outer, memory[1])
+                move = stage.move(below | above, point)
+                found = on_inner | on_outer | move.report
+                if move.grad is not None:
+                    found["grad"] = move.grad
+                return point | move.point, (inner_memory, outer_memory), found
+
+            if stage.times == 1:
+                point, memory[index], found = take(0, point, memory[index])
+            else:
+                shapes = jax.eval_shape(lambda p, m: take(0, p, m)[2], point, memory[index])
+                empty = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+                point, memory[index], found = jax.lax.fori_loop(
+                    0,
+                    stage.times,
+                    lambda turn, carry: take(turn, *carry[:2]),
+                    (point, memory[index], empty),
+                )
+            report |= found
+            place += stage.times
+
+        w = point["w"]
+        own = {name: point[name] for name in state.own}
+        grad = report["grad"]
+        count, residual = self.cost(), report["residual"]
+        status = where(~jnp.isfinite(report["inner_value"]), Status.NONFINITE)
+        inner = SolveInfo(report["inner_value"], residual, jnp.int32(count.gradients), status)
+        grown = tree.norm(own | {"w": w})
+        info = make_info(
+            report["outer_value"],
+            inner,
+            grad,
+            where(grown > state.limit, Status.DIVERGED),
+            where(~jnp.isfinite(grown), Status.NONFINITE),
+            adjoint_residual=report.get("adjoint_residual"),
+            adjoint_steps=count.hvps,
+        )
+        return Hypergradient(grad, w, info), _State(own, tuple(memory), size, state.limit)
+
+
+class _State(NamedTuple):
+    own: Point
+    memory: Any  # the estimators', by stage and level
+    size: Array  # the step size
+    limit: Array  # of the norm: beyond it the method has diverged
+
+
+def relative(x: Tree, reference: Tree) -> Array:
+    """`||x|| / ||reference||`; 0 where both are zero."""
+    size = tree.norm(reference)
+    return tree.norm(x) / jnp.where(size > 0, size, jnp.ones_like(size))
+
+
+def nothing(point: Point, batch: Any) -> tuple[Oracles, dict]:
+    """No oracles on this level."""
+    return {}, {}
