@@ -1,0 +1,106 @@
+"""`Implicit(warm_start="newton")`: where inner solves start."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import bilevel as bl
+from hypergrad.warm_start import newton_start
+
+KEY = jax.random.key(0)
+
+
+def start(problem, solver, w, lam):
+    linear = bl.CG(rtol=1e-12) if solver.symmetric else bl.GMRES(rtol=1e-12)
+    return newton_start(problem, solver, linear, w, jnp.asarray(lam), problem.inner_data, KEY)
+
+
+def logistic(seed):
+    rng = np.random.default_rng([seed, 29])
+    X = rng.normal(size=(40, 6))
+    y = (X @ rng.normal(size=6) + rng.normal(size=40) > 0).astype(float)
+    return bl.glm.logistic(X, y, X, y)
+
+
+def test_the_error_of_the_start_is_of_second_order(seed):
+    """Halving the move of `lam` divides the error by four, where that of the last `w` halves."""
+    problem, solver = logistic(seed), bl.Newton(tol=1e-12)
+    at = jax.jit(
+        lambda lam: (
+            bl.hypergradient(
+                problem,
+                lam,
+                jnp.zeros(6),
+                solver=solver,
+                engine=bl.Implicit(estimate=False),
+                throw=False,
+            ).w
+        )
+    )
+    w = at(0.05)
+    errors, last = [], []
+    for move in (0.01, 0.005):
+        moved, products = start(problem, solver, w, 0.05 + move)
+        errors.append(np.linalg.norm(moved - at(0.05 + move)))
+        last.append(np.linalg.norm(w - at(0.05 + move)))
+        assert int(products) > 0
+    assert errors[0] < 0.2 * last[0]
+    np.testing.assert_allclose(errors[0] / errors[1], 4, rtol=0.3)
+    np.testing.assert_allclose(last[0] / last[1], 2, rtol=0.2)
+
+
+def test_the_lasso_path_is_followed_exactly(seed):
+    """Piecewise linear in the penalty: exact while the support stays."""
+    rng = np.random.default_rng([seed, 31])
+    X, y = jnp.asarray(rng.normal(size=(30, 8))), jnp.asarray(rng.normal(size=30))
+    problem = bl.Problem(
+        lambda w, lam, batch: 0.5 * jnp.mean((X @ w - y) ** 2),
+        lambda w, lam, batch: jnp.sum(w**2),
+        inner_prox=lambda v, step, lam: bl.prox.l1(v, step, lam),
+    )
+    solver = bl.ProximalGradient(learning_rate=0.1)
+
+    def solve(lam):
+        step = 1 / np.linalg.eigvalsh(X.T @ X / 30)[-1]
+        forward = lambda w: w - step * X.T @ (X @ w - y) / 30
+        shrink = lambda v: jnp.sign(v) * jnp.maximum(jnp.abs(v) - step * lam, 0)
+        return jax.lax.fori_loop(0, 2000, lambda _, w: shrink(forward(w)), jnp.zeros(8))
+
+    w, target = solve(0.1), solve(0.1001)
+    assert 0 < np.sum(w == 0) < 8 and np.all((w == 0) == (target == 0))
+    moved, _ = start(problem, solver, w, 0.1001)
+    assert np.linalg.norm(w - target) > 1e-5
+    np.testing.assert_allclose(moved, target, atol=1e-9)
+
+
+def test_a_fixed_point_and_a_step_that_does_not_help(seed):
+    rng = np.random.default_rng([seed, 37])
+    A, b = jnp.asarray(0.2 * rng.normal(size=(5, 5))), jnp.asarray(rng.normal(size=5))
+    affine = bl.Problem(bl.Mapping(lambda w, lam, batch: A @ w + lam * b), lambda w, l, batch: w[0])
+    moved, _ = start(affine, bl.FixedPoint(), jnp.zeros(5), 0.7)
+    np.testing.assert_allclose(moved, np.linalg.solve(np.eye(5) - A, 0.7 * b), rtol=1e-10)
+    # Newton's method diverges on sqrt(1 + w^2) from |w| > 1.
+    flat = bl.Problem(lambda w, lam, batch: jnp.sqrt(1 + w**2), lambda w, lam, batch: w)
+    moved, _ = start(flat, bl.LBFGS(), jnp.asarray(2.0), 1.0)
+    assert float(moved) == 2.0
+
+
+def test_a_run_of_gradient_descent_takes_fewer_steps(seed):
+    result = bl.run(
+        logistic(seed),
+        0.05,
+        jnp.zeros(6),
+        num_steps=4,
+        solver=bl.GradientDescent(0.5, max_steps=3000, tol=1e-6),
+        engine=bl.Implicit(warm_start="newton", estimate=False),
+        outer=optax.adam(0.02),
+        transform=bl.transforms.Exp(),
+    )
+    steps = result.history.inner_steps
+    assert steps[0] > 100 and np.all(steps[1:] < 0.2 * steps[0])
+    # Two systems, with an exact preconditioner.
+    assert np.all(result.history.adjoint_steps == 2)
+    with pytest.raises(ValueError, match="'last' or 'newton'"):
+        bl.Implicit(warm_start="tangent")
