@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from bilevel import glm, schedules, transforms
     from bilevel.checks import Check, check
+    from bilevel.choice import Choice, choose
     from bilevel.driver import run
     from bilevel.footprint import Memory
     from bilevel.gradient import hypergradient, memory, truncation
@@ -110,6 +111,7 @@ __all__ = [
     "BilevelError",
     "Chebyshev",
     "Check",
+    "Choice",
     "Constants",
     "Dense",
     "Exact",
@@ -142,6 +144,7 @@ __all__ = [
     "Tasks",
     "Unrolled",
     "check",
+    "choose",
     "glm",
     "hypergradient",
     "implicit",
@@ -156,6 +159,7 @@ __all__ = [
 
 _HOMES = {
     "bilevel.checks": {"Check", "check"},
+    "bilevel.choice": {"Choice", "choose"},
     "bilevel.driver": {"run"},
     "bilevel.footprint": {"Memory"},
     "bilevel.gradient": {"hypergradient", "memory", "truncation"},

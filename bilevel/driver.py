@@ -14,6 +14,7 @@ from jax import Array
 from bilevel import transforms, validation
 from bilevel.calls import can_estimate, engine_step, estimated, init_engine
 from bilevel.checkpoint import Saved, opened
+from bilevel.choice import resolved
 from bilevel.footprint import fitted
 from bilevel.outer.base import Evaluation, OuterMethod, at_accuracy, check
 from bilevel.progress import Progress
@@ -83,6 +84,7 @@ def run(
     Raises TypeError or ValueError for bad input, before any compute.
     """
     validation.problem(problem)
+    engine, solver = resolved(engine, solver, problem, lam, w, key)
     engine = validation.engine(engine)
     solver = validation.solver(solver, engine, problem)
     key = jax.random.key(0) if key is None else key

@@ -10,6 +10,7 @@ from jax import Array
 
 from bilevel import validation
 from bilevel.calls import can_estimate, engine_step, estimated, init_engine
+from bilevel.choice import resolved
 from bilevel.footprint import Memory, fitted
 from bilevel.result import BilevelError
 from hypergrad import AbstractEngine, BilevelProblem, Constants, Hypergradient, Unrolled
@@ -38,7 +39,8 @@ def hypergradient(
       w: where the inner solve starts, a pytree of floating-point arrays; may be left out where the
         problem has an `inner_init`, which then says where.
       solver: inner solver or its name; None takes the engine's default.
-      engine: hypergradient engine or its name.
+      engine: hypergradient engine or its name; "auto" takes what `bilevel.choose` finds, and logs why (logger
+        `bilevel`, level INFO).
       key: random key (batches, probes); None is key 0.
       throw: raise BilevelError where the status is not OK. Inside `jit` or `vmap` pass False and read
         `info.status`.
@@ -86,6 +88,7 @@ def memory(
 def _checked(problem: Any, lam: Any, w: Any, solver: Any, engine: Any, key: Any) -> tuple[Any, ...]:
     """The arguments of the program: (engine, problem, solver, w, lam, key)."""
     validation.problem(problem)
+    engine, solver = resolved(engine, solver, problem, lam, w, key)
     engine = validation.engine(engine)
     solver = validation.solver(solver, engine, problem)
     key = jax.random.key(0) if key is None else key
