@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from bilevel.checks import Check, check
     from bilevel.driver import run
     from bilevel.footprint import Memory
-    from bilevel.gradient import hypergradient, memory, truncation
+    from bilevel.gradient import choose_lanes, hypergradient, memory, truncation
     from bilevel.outer import HOAG, MAID, Adaptive
     from bilevel.problem import Problem
     from bilevel.result import BilevelError, History, Result, RunState
@@ -142,6 +142,7 @@ __all__ = [
     "Tasks",
     "Unrolled",
     "check",
+    "choose_lanes",
     "glm",
     "hypergradient",
     "implicit",
@@ -158,7 +159,7 @@ _HOMES = {
     "bilevel.checks": {"Check", "check"},
     "bilevel.driver": {"run"},
     "bilevel.footprint": {"Memory"},
-    "bilevel.gradient": {"hypergradient", "memory", "truncation"},
+    "bilevel.gradient": {"choose_lanes", "hypergradient", "memory", "truncation"},
     "bilevel.outer": {"HOAG", "MAID", "Adaptive"},
     "bilevel.problem": {"Problem"},
     "bilevel.result": {"BilevelError", "History", "Result", "RunState"},
