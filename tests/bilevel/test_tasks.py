@@ -101,7 +101,7 @@ def test_the_errors_of_the_mean_are_the_truth_and_above_it(data):
 
 
 def test_one_bad_task_is_told_and_named(data):
-    good = [data["H"][3].copy(), data["b"][3].copy()]
+    good_b = data["b"][3].copy()
     data["b"][3] = np.nan
     h = judged(data, throw=False)
     expected = np.array([bl.Status.NONFINITE if i == 3 else bl.Status.OK for i in range(COUNT)])
@@ -111,8 +111,9 @@ def test_one_bad_task_is_told_and_named(data):
     assert not h.info.bound < np.inf
     with pytest.raises(bl.BilevelError, match="NONFINITE"):
         judged(data)
-    # A saddle of one task: nothing is left to solve, and only its curvature tells.
-    data["H"][3], data["b"][3] = good[0] - 10 * np.eye(DIM), good[1]
+    # A saddle of one task along a direction that no right-hand side has: only a probe can tell.
+    data["H"][3], data["b"][3] = np.diag([-5.0, 2.0, 3.0]), good_b * [0, 1, 1]
+    data["c"][3, 0] = 0
     h = judged(data, start=closed_form(data)[2], throw=False)
     np.testing.assert_array_equal(h.info.tasks.status, expected // 5 * bl.Status.INDEFINITE)
     assert h.info.status == bl.Status.INDEFINITE and np.isnan(h.info.error_estimate)
