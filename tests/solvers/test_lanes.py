@@ -54,11 +54,11 @@ SOLVERS = {
 
 @pytest.mark.parametrize("name", SOLVERS)
 def test_every_number_of_lanes_gives_what_one_by_one_gives(name, seed):
-    """Budgets and tolerances of each problem; one of them runs out, one is met at the start."""
+    """Budgets and tolerances of each problem; some run out, one of these as the last; one is met at the start."""
     solver = SOLVERS[name]
     w, batches = problems(seed)
-    tol = jnp.asarray([1e-3, 1e-6, 1e-4, 1e-6, 1e-5, 1e-4, 1e9])
-    budget = jnp.asarray([300, 300, 300, 3, 300, 300, 300], jnp.int32)
+    tol = jnp.asarray([1e-3, 1e-6, 1e-4, 1e-6, 1e-5, 1e-14, 1e9])
+    budget = jnp.asarray([300, 300, 300, 3, 300, 90, 300], jnp.int32)
     expected, states, info = one_by_one(solver, objective, w, batches, None, tol, budget)
     limits = {"tol": tol, "max_steps": budget}
     plan = {1: [None], 3: [0, None, 2], COUNT: [None]} if name == "gd" else {3: [None]}
@@ -76,7 +76,8 @@ def test_every_number_of_lanes_gives_what_one_by_one_gives(name, seed):
             # A lagged solver sees that a tolerance is met by a step that does not count.
             assert useful <= int(spent.lane_steps) <= useful + extra
     assert info.status[3] == bl.Status.MAX_STEPS and info.num_steps[3] == 3
-    assert info.num_steps[6] == 0 and sum(info.status) == 1
+    assert info.num_steps[6] == 0
+    assert name != "gd" or info.num_steps[5] == max(info.num_steps) == 90
     if name == "optax":  # it carries nothing over
         return
     # Elsewhere than the states come from, so that something is left to do.
