@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from bilevel.choice import Choice, choose
     from bilevel.driver import run
     from bilevel.footprint import Memory
-    from bilevel.gradient import hypergradient, memory, truncation
+    from bilevel.gradient import choose_lanes, hypergradient, memory, truncation
     from bilevel.outer import HOAG, MAID, Adaptive
     from bilevel.problem import Problem
     from bilevel.result import BilevelError, History, Result, RunState
@@ -145,6 +145,7 @@ __all__ = [
     "Unrolled",
     "check",
     "choose",
+    "choose_lanes",
     "glm",
     "hypergradient",
     "implicit",
@@ -162,7 +163,7 @@ _HOMES = {
     "bilevel.choice": {"Choice", "choose"},
     "bilevel.driver": {"run"},
     "bilevel.footprint": {"Memory"},
-    "bilevel.gradient": {"hypergradient", "memory", "truncation"},
+    "bilevel.gradient": {"choose_lanes", "hypergradient", "memory", "truncation"},
     "bilevel.outer": {"HOAG", "MAID", "Adaptive"},
     "bilevel.problem": {"Problem"},
     "bilevel.result": {"BilevelError", "History", "Result", "RunState"},

@@ -95,7 +95,8 @@ def check(
     Args:
       problem, lam, w, key: as in `hypergradient`.
       solver: inner solver for the engines that take any; the others, and None, use their defaults.
-      engines: names, or engines by a name of yours; None is all that are registered.
+      engines: names, or engines by a name of yours; None is all that are registered
+        and work with an inner solver, but for `Exact`, the oracle.
       step: length of the differences relative to `1 + ||lam||`; shortened so that no entry of `lam` moves by
         more than a tenth of itself.
 
@@ -160,7 +161,8 @@ def check(
 
 def _engines(engines: Any) -> dict[str, AbstractEngine]:
     if engines is None:
-        engines = [name for name in ENGINES if name != "exact"]
+        # One step of a single-loop method is no hypergradient to compare.
+        engines = [name for name, kind in ENGINES.items() if kind.uses_solver and name != "exact"]
     if isinstance(engines, str):
         raise TypeError(f"engines must be several names or a mapping, got the string {engines!r}.")
     if isinstance(engines, Mapping):

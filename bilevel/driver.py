@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import Array
+from jax.sharding import Mesh
 
-from bilevel import transforms, validation
+from bilevel import lane_choice, sharding, transforms, validation
 from bilevel.calls import can_estimate, engine_step, estimated, init_engine
 from bilevel.checkpoint import Saved, opened
 from bilevel.choice import resolved
@@ -47,6 +48,7 @@ def run(
     state: RunState | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
     resume: bool = False,
+    mesh: Mesh | None = None,
     throw: bool = True,
 ) -> Result:
     """Minimise the outer loss by hypergradient steps; inner and adjoint solves are warm-started.
@@ -75,6 +77,8 @@ def run(
       resume: go on from the newest readable checkpoint, to `num_steps` in all, with the bits of a run
         without a break; begin where there is none. Settings may have new numbers; the data and the key
         may not.
+      mesh: as in `hypergradient`: `Tasks`, their solutions and states are spread over its devices, `lam` is on
+        all of them, and each step adds up one hypergradient and report.
       throw: raise BilevelError at the end of a chunk for NONFINITE, INDEFINITE, BREAKDOWN or DIVERGED,
         and after the last step where it ended with MAX_STEPS.
 
@@ -83,7 +87,7 @@ def run(
 
     Raises TypeError or ValueError for bad input, before any compute.
     """
-    validation.problem(problem)
+    problem = sharding.spread(validation.problem(problem), mesh)
     engine, solver = resolved(engine, solver, problem, lam, w, key)
     engine = validation.engine(engine)
     solver = validation.solver(solver, engine, problem)
@@ -111,6 +115,8 @@ def run(
     scales = transforms.broadcast(transform, lam)
     transforms.check_domain(scales, lam)
     validation.losses(problem, w, lam)
+    w, (lam, key) = sharding.by_task(problem, w), sharding.on_all(problem, (lam, key))
+    problem = lane_choice.settled(engine, problem, solver, w, lam, key)
 
     rule = outer if isinstance(outer, OuterMethod) else StaticFunction(outer)
     start = (problem, solver, engine, rule, scales, w, lam, key)
@@ -140,6 +146,7 @@ def run(
                     end = done + length
                     estimate = end == num_steps or end - saved.estimated >= (estimate_every or 1)
                     sizes = jnp.int32(length), jnp.asarray(estimate), chunk
+                    state = sharding.placed(problem, state)
                     args = (problem, solver, rule, scales, state, key, *sizes)
                     if getattr(engine, "memory_budget", None) is not None:
                         engine = fitted(_chunk, engine, *args).engine

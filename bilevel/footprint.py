@@ -65,7 +65,7 @@ def fitted(program: Callable[..., Any], engine: AbstractEngine, *args: Any) -> M
     budget = getattr(engine, "memory_budget", None)
     if budget is None:
         return measured(program, engine, *args)
-    name = _key(program, engine, args)
+    name = signature(program, engine, args)
     if name not in _chosen:
         if len(_chosen) >= 256:
             _chosen.pop(next(iter(_chosen)))
@@ -100,7 +100,8 @@ def _first_that_fits(program: Any, engine: Any, budget: int, args: Any) -> Memor
 _chosen: dict[Any, Memory] = {}
 
 
-def _key(program: Any, *args: Any) -> Any:
+def signature(program: Any, *args: Any) -> Any:
+    """What names the compiled program of a call: its structure, shapes and settings, not its numbers."""
     leaves, treedef = jax.tree.flatten(args)
     shapes = [(x.shape, x.dtype) if isinstance(x, Array) else x for x in leaves]
     return id(program), treedef, tuple(shapes)

@@ -7,12 +7,15 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.sharding import Mesh, PartitionSpec
 
 from bilevel.problem import Loss, Problem, as_arrays
 from hypergrad import AbstractEngine, Hypergradient, HypergradInfo
-from hypergrad.base import Solver
+from hypergrad.base import Solver, make_solver
+from hypergrad.certificate import implied
 from hypergrad.estimate import with_estimate
 from solvers import AbstractInnerSolver, Objective, Sampler, SolveInfo, tree
+from solvers.fields import unchecked
 from solvers.lanes import solve_many
 from solvers.types import Tree
 
@@ -33,7 +36,9 @@ class Tasks(eqx.Module):
       task_data: pytree of arrays whose first axis is the task.
       lanes: tasks that are worked on at once; None is all of them, which waits for the slowest. With less,
         inner problems are solved on lanes that load the next one when they are done (engines `Implicit`,
-        `OneStep` and `Exact`, all rows at once), and the rest goes `lanes` at a time.
+        `OneStep` and `Exact`, all rows at once), and the rest goes `lanes` at a time. "auto" takes what
+        `bilevel.choose_lanes` measures: once per process for one problem, its shapes and settings.
+      mesh: as in `run(mesh=...)`, which sets it: tasks are spread over its devices, each with `lanes` of its own.
 
     Cost: that of the engine, per task. Memory: `w` and the engine's state per task; what a step works with,
     `lanes` times.
@@ -43,7 +48,8 @@ class Tasks(eqx.Module):
 
     problem: Problem
     task_data: Any
-    lanes: int | None = eqx.field(static=True, default=None, kw_only=True)
+    lanes: int | str | None = eqx.field(static=True, default=None, kw_only=True)
+    mesh: Mesh | None = eqx.field(static=True, default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         if not isinstance(self.problem, Problem):
@@ -55,15 +61,29 @@ class Tasks(eqx.Module):
                 "Tasks(task_data=...) must hold arrays with one common first axis, the tasks; got "
                 f"shapes {shapes}."
             )
-        if self.lanes is not None and (
-            isinstance(self.lanes, bool) or self.lanes != int(self.lanes)
-        ):
-            raise TypeError(f"Tasks(lanes=...) must be an integer or None, got {self.lanes!r}.")
-        if self.lanes is not None and self.lanes < 1:
-            raise ValueError(f"Tasks(lanes=...) must be at least 1, got {self.lanes}.")
+        lanes = self.lanes
+        if lanes is not None and lanes != "auto":
+            if isinstance(lanes, bool | str) or lanes != int(lanes):
+                raise TypeError(
+                    f"Tasks(lanes=...) must be an integer, 'auto' or None, got {lanes!r}."
+                )
+            if lanes < 1:
+                raise ValueError(f"Tasks(lanes=...) must be at least 1, got {lanes}.")
+        if self.mesh is not None and self.count % self.mesh.size:
+            raise ValueError(
+                f"{self.count} tasks do not divide among the {self.mesh.size} devices of the mesh; "
+                "expected a multiple of it, or a mesh of fewer devices."
+            )
 
     def __getattr__(self, name: str) -> Any:
-        shared = ("inner_init", "inner_prox", "outer_projection", "constants", "batch_size")
+        shared = (
+            "inner",
+            "inner_init",
+            "inner_prox",
+            "outer_projection",
+            "constants",
+            "batch_size",
+        )
         if name in shared:
             return getattr(self.problem, name)
         raise AttributeError(name)
@@ -105,6 +125,7 @@ class Tasks(eqx.Module):
         taken = jnp.zeros(self.count, jnp.int32)
         if self._refills(engine, solver):
             w, state, taken = self._solve(solver, w, lam, state)
+            solver = unchecked(solver, max_steps=0)  # the budget is spent
 
         def one(data: Any, w: Tree, state: Any, key: Array):
             h, state = engine.step(self.task(data), solver, w, lam, state, key)
@@ -127,47 +148,95 @@ class Tasks(eqx.Module):
     ) -> Hypergradient:
         """`hypergrad.estimate.with_estimate` of the mean."""
 
-        def one(data: Any, w: Tree, info: HypergradInfo, state: Any, key: Array):
-            own = Hypergradient(h.grad, w, info)
-            # Of the corrected hypergradients the mean is wanted, of the report all but their cost.
-            own = with_estimate(
-                self.task(data), solver, engine, lam, own, state, key, refine=True, probe=True
-            )
-            return own.grad, own.info._replace(adjoint_steps=info.adjoint_steps)
+        smooth = self.inner_prox is None
 
-        better, each = self._map(one, self.task_data, h.w, h.info.tasks, state, self._keys(key))
+        def one(data: Any, w: Tree, info: HypergradInfo, state: Any, key: Array):
+            task = self.task(data)
+            adjoint = engine.adjoint(state) if smooth else None
+            # Of each task what its adjoint makes is judged: all but the step's own gradient is kept.
+            grad = h.grad
+            if adjoint is not None:
+                batches = task.inner_sampler(key)(0), task.outer_batch(key)
+                grad = implied(task, make_solver(solver, lam), lam, w, adjoint, *batches)
+            own = Hypergradient(grad, w, info)
+            # Of the corrected hypergradients the mean is wanted, of the report all but their cost.
+            own = with_estimate(task, solver, engine, lam, own, state, key, refine=True, probe=True)
+            info = own.info._replace(adjoint_steps=info.adjoint_steps)
+            return own.grad, grad, tree.norm(grad), info
+
+        rows = (self.task_data, h.w, h.info.tasks, state, self._keys(key))
+        better, made, norms, each = self._map(one, *rows)
         size = tree.norm(h.grad)
-        info = _together(each, jnp.broadcast_to(size, (self.count,)), size)
-        better = jax.tree.map(lambda leaf: jnp.mean(leaf, axis=0), better)
-        tiny = jnp.finfo(size.dtype).tiny ** 0.5
-        error = tree.norm(tree.sub(better, h.grad)) / jnp.maximum(size, tiny)
-        error = jnp.maximum(error, 10 * tree.epsilon(h.grad)).astype(info.error_estimate.dtype)
+        mean = lambda rows: jax.tree.map(lambda leaf: jnp.mean(leaf, axis=0), rows)
+        relative = lambda other: (
+            tree.norm(tree.sub(other, h.grad)) / jnp.maximum(size, _tiny(size))
+        ).astype(each.error_estimate.dtype)
+        error = jnp.maximum(relative(mean(better)), 10 * tree.epsilon(h.grad))
         unknown = jnp.any(jnp.isnan(each.error_estimate))
-        error = jnp.where(unknown, jnp.nan, error)
-        return h._replace(info=info._replace(error_estimate=error))
+        has_adjoint = smooth and engine.adjoint(state) is not None
+        if not (has_adjoint and engine.needs_implicit):  # not the step's own gradient was judged
+            each = each._replace(error_estimate=h.info.tasks.error_estimate)
+        info = _together(each, norms, size)
+        return h._replace(
+            info=info._replace(
+                error_estimate=jnp.where(unknown, jnp.nan, error),
+                # The means differ by rounding, or by what an engine does beside its adjoint.
+                bound=info.bound + relative(mean(made)).astype(info.bound.dtype),
+            )
+        )
 
     def _keys(self, key: Array) -> Array:
         return jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(self.count))
 
+    def _lanes(self) -> int:
+        """Of each device."""
+        if self.lanes == "auto":
+            raise TypeError(
+                "lanes='auto' measures, which cannot be done inside jit, vmap or grad: pass "
+                "lanes=bilevel.choose_lanes(...)."
+            )
+        here = self.count // (1 if self.mesh is None else self.mesh.size)
+        return here if self.lanes is None else min(int(self.lanes), here)
+
     def _map(self, fn: Callable[..., Any], *rows: Any) -> Any:
-        if self.lanes is None or self.lanes >= self.count:
-            return jax.vmap(fn)(*rows)
-        size = self.lanes if self.lanes > 1 else None
-        return jax.lax.map(lambda row: fn(*row), rows, batch_size=size)
+        lanes = self._lanes()
+
+        def here(*rows: Any) -> Any:
+            count = jax.tree.leaves(rows)[0].shape[0]
+            if lanes == count:
+                return jax.vmap(fn)(*rows)
+            size = lanes if lanes > 1 else None
+            return jax.lax.map(lambda row: fn(*row), rows, batch_size=size)
+
+        return self._on_devices(here)(*rows)
+
+    def _on_devices(self, fn: Callable[..., Any]) -> Callable[..., Any]:
+        """`fn(*rows) -> rows` on each device's own tasks: loops of one device wait for no other."""
+        if self.mesh is None:
+            return fn
+        spec = PartitionSpec(self.mesh.axis_names)
+        # Every output is a row of its own device: there is nothing to check, and `while` could not be.
+        return jax.shard_map(fn, mesh=self.mesh, in_specs=spec, out_specs=spec, check_vma=False)
 
     def _refills(self, engine: AbstractEngine, solver: Solver) -> bool:
         """Whether the inner problems can be solved before, and apart from, the engine's step."""
         fixed = self.problem.batch_size[0] is None and isinstance(solver, AbstractInnerSolver)
-        few = self.lanes is not None and 1 < self.lanes < self.count
+        devices = 1 if self.mesh is None else self.mesh.size
+        few = 1 < self._lanes() < self.count // devices
         return few and fixed and engine.needs_implicit
 
     def _solve(self, solver: Any, w: Tree, lam: Tree, state: Any) -> tuple[Tree, Any, Array]:
         """Inner solves on refilled lanes: the engine's own then find nothing left to do."""
-        assert self.lanes is not None
         objective = _Shared(self.problem.inner_objective(lam), self.problem.inner_data)
+
+        def here(w: Tree, data: Any, own: Any) -> tuple[Tree, Any, Array]:
+            lanes = self._lanes()
+            w, own, info = solve_many(solver, objective, w, data, lanes=lanes, state=own)
+            return w, own, info.inner.num_steps
+
         own = getattr(state, "inner", None)
-        w, own, info = solve_many(solver, objective, w, self.task_data, lanes=self.lanes, state=own)
-        return w, state if own is None else state._replace(inner=own), info.inner.num_steps
+        w, own, taken = self._on_devices(here)(w, self.task_data, own)
+        return w, state if own is None else state._replace(inner=own), taken
 
 
 class Task(eqx.Module):
@@ -228,13 +297,18 @@ def _pair(shared: Any, task: Any) -> Any:
     return task if shared is None else (shared, task)
 
 
+def _tiny(norm: Array) -> float:
+    return float(jnp.finfo(norm.dtype).tiny) ** 0.5
+
+
 def _together(each: HypergradInfo, norms: Array, norm: Array) -> HypergradInfo:
     """One report from those of the tasks; `norms` are those of the hypergradients errors are relative to.
 
     NaN in one task is NaN here, but for the margin, where it says that there is no kink.
     """
-    tiny = jnp.finfo(norm.dtype).tiny ** 0.5
-    weights = (norms / jnp.maximum(norm, tiny)).astype(each.error_estimate.dtype)
+    tiny = _tiny(norm)  # errors are relative to no less
+    weights = jnp.maximum(norms, tiny) / jnp.maximum(norm, tiny)
+    weights = weights.astype(each.error_estimate.dtype)
     total = lambda steps: jnp.sum(steps, dtype=jnp.int32)
     return HypergradInfo(
         outer_value=jnp.mean(each.outer_value),

@@ -65,22 +65,36 @@ def error_bound(
     """
     info = hypergradient.info
     w = hypergradient.w
-    _, c, grad_lam = outer_value_and_grads(problem, w, lam, outer_batch)
+    _, c, _ = outer_value_and_grads(problem, w, lam, outer_batch)
     q_norm = tree.norm(adjoint)
     dtype = q_norm.dtype
     mu, L_H, L_C, L_F, L_lamF = (jnp.asarray(x, dtype) for x in constants[:5])
     norm = constants.cross_norm
     if norm is None:
         norm = _cross_norm(problem, solver, w, lam, inner_batch)
-    implied = tree.sub(grad_lam, cross_vjp(problem, solver, w, lam, inner_batch, adjoint))
+    own = implied(problem, solver, lam, w, adjoint, inner_batch, outer_batch)
     e = info.inner.residual.astype(dtype) / mu
     r = info.adjoint_residual.astype(dtype) * tree.norm(c) + info.damping.astype(dtype) * q_norm
     error = e * (L_lamF + L_C * q_norm)
     error += (jnp.asarray(norm, dtype) + L_C * e) / mu * (r + e * (L_F + L_H * q_norm))
-    error += tree.norm(tree.sub(hypergradient.grad, implied)).astype(dtype)
+    error += tree.norm(tree.sub(hypergradient.grad, own)).astype(dtype)
     size = tree.norm(hypergradient.grad)
     bound = error / jnp.maximum(size, jnp.finfo(size.dtype).tiny ** 0.5)
     return jnp.where(mu > 0, bound, jnp.inf)
+
+
+def implied(
+    problem: BilevelProblem,
+    solver: AbstractInnerSolver,
+    lam: Tree,
+    w: Tree,
+    adjoint: Tree,
+    inner_batch: Tree,
+    outer_batch: Tree,
+) -> Tree:
+    """`dF/dlam - C q`: the hypergradient that is made of an adjoint."""
+    _, _, grad_lam = outer_value_and_grads(problem, w, lam, outer_batch)
+    return tree.sub(grad_lam, cross_vjp(problem, solver, w, lam, inner_batch, adjoint))
 
 
 def _cross_norm(

@@ -4,8 +4,9 @@ A number that is an array leaf can be swept with `vmap`, scheduled over outer st
 without recompiling. A number may also be given as a function of the outer step (any optax schedule).
 """
 
+import copy
 import dataclasses
-from typing import Any
+from typing import Any, TypeVar
 
 import equinox as eqx
 import jax
@@ -16,6 +17,7 @@ from jax.core import Tracer
 
 from solvers.static_function import StaticFunction
 
+T = TypeVar("T")
 Number = Array | float
 """A numeric setting: given as a number, stored as an array."""
 
@@ -99,3 +101,11 @@ def at_step(tree: Any, step: Array | int) -> Any:
 def cast(value: Any, like: Array) -> Array:
     """A setting in the dtype of the quantity it is compared or multiplied with."""
     return jnp.asarray(value).astype(jnp.result_type(like))
+
+
+def unchecked(settings: T, **changes: Any) -> T:
+    """A copy with other values, for values that a user may not give."""
+    made = copy.copy(settings)
+    for name, value in changes.items():
+        object.__setattr__(made, name, value)
+    return made

@@ -138,9 +138,6 @@ def _refilled(
     count = queue.tol.shape[0]
     keep_state = queue.state is not None
 
-    def going(at: _Lane, s: Any) -> Array:
-        return (at.problem < count) & is_open(s, at.steps, at.tol, at.budget)
-
     def done(at: _Lane, s: Any) -> Array:
         return (at.problem < count) & ~is_open(s, at.steps, at.tol, at.budget)
 

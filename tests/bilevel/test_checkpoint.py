@@ -116,7 +116,7 @@ def test_damaged_files_fall_back_to_the_last_good_one(tmp_path, whole, monkeypat
     monkeypatch.setattr(checkpoint.Store, "slack", 0)
     run(tmp_path, num_steps=STEPS)
     paths = sorted(tmp_path.glob("step-*"))
-    assert len(paths) == checkpoint.KEEP
+    assert len(paths) == checkpoint.KEEP and paths[-1].name == f"step-{STEPS:012d}.npz"
     paths[-1].write_bytes(paths[-1].read_bytes()[:-100])
     data = bytearray(paths[-2].read_bytes())
     data[len(data) // 2] ^= 1  # one bit

@@ -58,6 +58,7 @@ NUMBERS |= {
         "momentum": (0.1, 0.2),
         "tol": (1e-8, 1e-9),
     },
+    bl.FixedPoint: {"tol": (1e-8, 1e-9)},
     bl.LBFGS: {"tol": (1e-8, 1e-9)},
     bl.Newton: {"tol": (1e-8, 1e-9)},
     bl.OptaxSolver: {"tol": (1e-8, 1e-9)},
@@ -119,10 +120,14 @@ def test_numbers_lam_and_data_trace_once(cls, seed, count_traces):
     case = problems.make("quadratic", seed)
     inner, outer = count_traces(case.inner), count_traces(case.outer)
 
+    if cls is bl.FixedPoint:
+        descend = lambda w, lam, batch: w - 0.1 * jax.grad(inner)(w, lam, batch)
+    level = bl.Mapping(descend) if cls is bl.FixedPoint else inner
+
     def call(setup, factor):
         engine, solver = setup
         data = jax.tree.map(lambda x: factor * x, case.inner_data)
-        problem = bl.Problem(inner, outer, data, case.outer_data)
+        problem = bl.Problem(level, outer, data, case.outer_data)
         lam, w = factor * case.lam, factor + case.w
         return bl.hypergradient(problem, lam, w, engine=engine, solver=solver, throw=False).grad
 

@@ -1,0 +1,87 @@
+"""How many lanes suit a problem on a device: measured, as neither extreme is best everywhere."""
+
+import dataclasses
+import logging
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from bilevel.calls import engine_step, init_engine
+from bilevel.footprint import signature
+from bilevel.tasks import Tasks
+from bilevel.validation import is_traced
+
+logger = logging.getLogger("bilevel")
+
+CANDIDATES = (1, 4, 8, 16, 32)
+"""And all tasks of a device."""
+
+
+def settled(engine: Any, problem: Any, solver: Any, w: Any, lam: Any, key: Any) -> Any:
+    """The problem; where it has `lanes="auto"`, with the number that is fastest."""
+    if not isinstance(problem, Tasks) or problem.lanes != "auto":
+        return problem
+    if is_traced(problem, solver, engine, w, lam, key):
+        raise TypeError(
+            "lanes='auto' measures, which cannot be done inside jit, vmap or grad: pass "
+            "lanes=bilevel.choose_lanes(...)."
+        )
+    return dataclasses.replace(problem, lanes=measured(engine, problem, solver, w, lam, key))
+
+
+def measured(engine: Any, problem: Any, solver: Any, w: Any, lam: Any, key: Any) -> int:
+    """The number of lanes with the fastest first step; remembered for these shapes and settings."""
+    if getattr(engine, "memory_budget", None) is not None:
+        raise ValueError(
+            "lanes='auto' and memory_budget depend on each other: choose the lanes with the engine of "
+            "bilevel.memory(...), or give a number."
+        )
+    name = signature(engine_step, problem, solver, engine, w, lam)
+    if name not in _chosen:
+        if len(_chosen) >= 256:
+            _chosen.pop(next(iter(_chosen)))
+
+        def seconds(lanes: int) -> float:
+            tasks: Any = dataclasses.replace(problem, lanes=lanes)
+            state = init_engine(tasks, solver, engine, w, lam, key)
+            args = (tasks, solver, engine, w, lam, state, key, jnp.int32(0))
+            return _seconds(lambda: engine_step(*args))
+
+        here = problem.count // (1 if problem.mesh is None else problem.mesh.size)
+        few = [lanes for lanes in CANDIDATES if lanes < here]
+        rising = jax.default_backend() == "cpu"
+        _chosen[name] = fastest([*few, here] if rising else [here, *reversed(few)], seconds)
+    return _chosen[name]
+
+
+def fastest(candidates: Iterable[int], seconds: Callable[[int], float]) -> int:
+    """The first of the candidates that no later one beats by a twentieth.
+
+    A candidate that takes a quarter more than the best so far ends the search: times fall, then rise.
+    """
+    best, least = 0, float("inf")
+    for lanes in candidates:
+        spent = seconds(lanes)
+        logger.info("%d lanes: %.3g s per step", lanes, spent)
+        if spent < 0.95 * least:
+            best, least = lanes, spent
+        elif spent > 1.25 * least:
+            break
+    return best
+
+
+def _seconds(call: Callable[[], Any]) -> float:
+    """Of the faster of two calls, after one that compiles."""
+    jax.block_until_ready(call())
+    spent = []
+    for _ in range(2):
+        start = time.perf_counter()
+        jax.block_until_ready(call())
+        spent.append(time.perf_counter() - start)
+    return min(spent)
+
+
+_chosen: dict[Any, int] = {}

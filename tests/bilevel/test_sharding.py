@@ -1,0 +1,92 @@
+"""Tasks over the devices of a mesh: the numbers of one device, in one compiled program."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import bilevel as bl
+
+CHILD = """
+import os, sys
+os.environ["XLA_FLAGS"] += " --xla_force_host_platform_device_count=8"
+import jax, jax.numpy as jnp, numpy as np, optax
+import bilevel as bl
+from bilevel import driver
+
+cache, sys.path[:0] = sys.argv[1], sys.argv[2:]
+if cache:
+    jax.config.update("jax_compilation_cache_dir", cache)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
+
+def inner(w, lam, task):
+    return 0.5 * w @ task["H"] @ w - task["b"] @ w + 0.5 * lam * w @ w
+
+def outer(w, lam, task):
+    return 0.5 * jnp.sum((w - task["c"]) ** 2) + 0.1 * lam**2
+
+rng = np.random.default_rng(0)
+A = rng.standard_normal((16, 3, 3)) / 2
+H = np.linspace(1, 4, 16)[:, None, None] * (A @ A.swapaxes(1, 2) + np.eye(3))
+data = {"H": H, "b": rng.standard_normal((16, 3)), "c": rng.standard_normal((16, 3))}
+data = {name: jnp.asarray(x, jnp.float32) for name, x in data.items()}
+problem, lam, w = bl.Problem(inner, outer), jnp.float32(0.7), jnp.zeros((3,), jnp.float32)
+# Enough steps for some of the tasks alone.
+solver = bl.GradientDescent(0.1, max_steps=14, tol=1e-3)
+settings = {"solver": solver, "engine": bl.Implicit(estimate=False), "throw": False}
+mesh = jax.make_mesh((4, 2), ("a", "b"))
+
+tasks = bl.Tasks(problem, data, lanes=4)  # refilled, of 16; on the mesh each device has its two at once
+h = bl.hypergradient(tasks, lam, w, **settings)
+second = bl.hypergradient(tasks, lam - 0.1 * h.grad, h.w, **settings)
+h8 = bl.hypergradient(tasks, lam, w, mesh=mesh, **settings)
+r8 = bl.run(tasks, lam, w, num_steps=2, chunk=1, outer=optax.sgd(0.1), mesh=mesh, **settings)
+assert driver._chunk._cached._cache_size() == 1  # the second chunk compiles nothing
+statuses = np.asarray(h.info.tasks.status)
+assert set(statuses) == {0, 1}, h.info.tasks.inner.num_steps
+np.testing.assert_array_equal(h8.info.tasks.status, statuses)
+np.testing.assert_array_equal(h8.info.tasks.inner.num_steps, h.info.tasks.inner.num_steps)
+values = [h.info.outer_value, second.info.outer_value]
+norms = [abs(h.grad), abs(second.grad)]
+pairs = [(h8.grad, h.grad), (h8.w, h.w), (r8.lam, lam - 0.1 * h.grad - 0.1 * second.grad), (r8.w, second.w)]
+pairs += [(r8.history.outer_value, values), (r8.history.grad_norm, norms)]
+for found, expected in pairs:
+    np.testing.assert_allclose(found, np.asarray(expected), rtol=1e-6, atol=1e-6)
+spread = lambda leaf: {shard.data.shape[0] for shard in leaf.addressable_shards}
+for leaf in jax.tree.leaves((r8.w, r8.state.engine, h8.w, h8.info.tasks)):
+    assert len(leaf.addressable_shards) == 8 and spread(leaf) == {2}
+assert r8.lam.sharding.is_fully_replicated
+"""
+
+
+def test_eight_devices_give_what_one_gives():
+    here = Path(__file__).parents[2]
+    cache = jax.config.jax_compilation_cache_dir or ""  # type: ignore[attr-defined]
+    done = subprocess.run(
+        [sys.executable, "-c", CHILD, cache, str(here)],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=here,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def loss(w, lam, task):
+    return (w - task) @ (w - lam)
+
+
+def test_what_cannot_be_spread_is_refused():
+    mesh = jax.make_mesh((1,), ("tasks",))
+    problem = bl.Problem(loss, loss)
+    with pytest.raises(TypeError, match=r"mesh=... spreads the tasks of bilevel.Tasks"):
+        bl.run(problem, 1.0, np.zeros(2), mesh=mesh)
+    tasks = bl.Tasks(problem, np.zeros((3, 2)))
+    with pytest.raises(TypeError, match=r"mesh must be a jax.sharding.Mesh, got 8"):
+        bl.hypergradient(tasks, 1.0, np.zeros(2), mesh=8)
+    four = jax.sharding.AbstractMesh((4,), ("tasks",))
+    with pytest.raises(ValueError, match=r"3 tasks do not divide among the 4 devices"):
+        bl.Tasks(problem, np.zeros((3, 2)), mesh=four)
