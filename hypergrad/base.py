@@ -70,7 +70,7 @@ class HypergradInfo(NamedTuple):
     where no kink was found, or there is no prox."""
     growth: Array
     """The norm of the outer loss's derivative in the inner variable before the differentiated steps, over
-    that after them; NaN where no steps are differentiated in reverse."""
+    that after them (`Forward`: estimated along one random direction); NaN where no steps are differentiated."""
     status: Array
     """A `Status`, int32: the worst of the solves behind this hypergradient."""
     tasks: Any = None

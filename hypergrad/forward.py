@@ -18,7 +18,7 @@ from hypergrad.base import (
     make_solver,
 )
 from solvers import AbstractInnerSolver, GradientDescent, Status, tree
-from solvers.fields import cast, static
+from solvers.fields import Number, cast, number, static
 from solvers.loops import judge, run_steps
 from solvers.status import where
 from solvers.types import Tree
@@ -39,15 +39,20 @@ class Forward(AbstractEngine):
       projection of the exact derivative on u, so never longer and never uphill. BREAKDOWN where u is
       zero (lam acts through the start alone, say).
 
+    One more tangent starts from random entries 1 and -1 in the first state: `info.growth` is the slope of the
+    outer loss along it over `||dF/dw||`, the root mean square of which is the growth that `Unrolled` measures. Above
+    `max_growth` it is DIVERGED; `max_growth=None` saves the tangent, and no explosion is seen.
+
     Class: any solver without a line search; no convexity; settings and starts as for `Unrolled`.
-    Cost: about 1 + 2p gradients per step (p: entries, or directions); the guess costs another solve.
-    Memory: p + 1 solver states, whatever T.
+    Cost: about 3 + 2p gradients per step (p: entries, or directions); the guess costs another solve.
+    Memory: p + 2 solver states, whatever T.
     Source: Franceschi et al. 2017 (forward); Baydin et al. 2022 (random directions), which has normal
     instead of Rademacher directions, of larger variance; Fournier et al. 2023 (guesses).
     """
 
     directions: int | str | None = static(None)
     limit: int = static(64, low=1)
+    max_growth: Number | None = number(1e6, low=0.0, strict=True)
     estimate: bool | None = static(None)
 
     proximal = True
@@ -97,9 +102,12 @@ class Forward(AbstractEngine):
                 inner_solver, objective, first, inner_state, sampler, num_steps, start=start
             )
 
-        def trained(flat: Array) -> tuple[Array, Tree]:
+        def trained(flat: Array, moved: Array) -> tuple[Array, Tree]:
             lam = unflatten(flat)
-            w_final, _ = steps(lam, begin(lam), total, 0)
+            first, inner_state = begin(lam)
+            if watched:
+                first = _moved(first, moved, jax.random.fold_in(key, 5))
+            w_final, _ = steps(lam, (first, inner_state), total, 0)
             return problem.outer(w_final, lam, outer_batch), w_final
 
         flat, unflatten = tree.flatten(lam)
@@ -120,13 +128,25 @@ class Forward(AbstractEngine):
             shape, at = (int(self.directions), size), jax.random.fold_in(key, 4)
             basis = jax.random.rademacher(at, shape, flat.dtype)
 
+        zero, count, watched = jnp.zeros((), flat.dtype), len(basis), self.max_growth is not None
+        tangents = (basis, jnp.zeros(count, flat.dtype))
+        if watched:
+            tangents = (
+                jnp.concatenate([basis, jnp.zeros_like(flat)[None]]),
+                jnp.append(tangents[1], jnp.ones_like(zero)),
+            )
         # The primal has no tangent axis: it is computed once.
-        along = lambda v: jax.jvp(trained, (flat,), (v,), has_aux=True)
-        value, slopes, w = jax.vmap(along, out_axes=(None, 0, None))(basis)
-        mean = slopes.astype(flat.dtype) @ basis
+        along = lambda v, m: jax.jvp(trained, (flat, zero), (v, m), has_aux=True)
+        value, slopes, w = jax.vmap(along, out_axes=(None, 0, None))(*tangents)
+        mean = slopes[:count].astype(flat.dtype) @ basis
         if isinstance(self.directions, int):
             mean = mean / self.directions
         grad = unflatten(mean)
+        growth, exploded = None, jnp.int32(Status.OK)
+        if self.max_growth is not None:
+            c_norm = tree.norm(jax.grad(problem.outer)(w, lam, outer_batch))
+            growth = jnp.abs(slopes[-1]) / jnp.where(c_norm > 0, c_norm, jnp.ones_like(c_norm))
+            exploded = where(growth > cast(self.max_growth, growth), Status.DIVERGED)
         inner = judge(
             at_lam,
             problem.inner_objective(lam),
@@ -135,7 +155,7 @@ class Forward(AbstractEngine):
             jnp.int32(total),
             jnp.zeros(()),
         )
-        info = make_info(value, inner, grad, code, adjoint_steps=total)
+        info = make_info(value, inner, grad, code, exploded, adjoint_steps=total, growth=growth)
         if isinstance(self.directions, int):
             spread = math.sqrt((size - 1) / (self.directions + size - 1))
             info = info._replace(error_estimate=cast(spread, info.error_estimate))
@@ -144,3 +164,12 @@ class Forward(AbstractEngine):
     @classmethod
     def default_solver(cls) -> AbstractInnerSolver:
         return GradientDescent(max_steps=100, learning_rate="auto")
+
+
+def _moved(w: Tree, far: Array, key: Array) -> Tree:
+    """`w` plus `far` times random entries 1 and -1."""
+    leaves, treedef = jax.tree.flatten(w)
+    keys = jax.random.split(key, len(leaves))
+    signs = [jax.random.rademacher(k, x.shape, x.dtype) for k, x in zip(keys, leaves, strict=True)]
+    moved = [x + far.astype(x.dtype) * sign for x, sign in zip(leaves, signs, strict=True)]
+    return jax.tree.unflatten(treedef, moved)

@@ -31,7 +31,10 @@ _ADVICE = {
         "the iteration moved away from the solution: its step is too long for the largest curvature. "
         "Try a smaller step or learning rate, or 'auto'. When unrolling, the adjoint grew on its way back "
         "through the steps by more than `max_growth` (`info.growth`): the training is chaotic and its "
-        "derivative no guide; a smaller learning rate, `truncate=K`, or a smoother model helps."
+        "derivative no guide; a smaller learning rate, `truncate=K`, or a smoother model helps. With Adam, "
+        "a larger `eps_root` (1e-3, say): where a gradient entry is zero, a step multiplies it by up to "
+        "rate * curvature / sqrt(eps_root). Such entries count even where lam cannot move them: "
+        "`max_growth=inf` is right then."
     ),
     Status.BREAKDOWN: (
         "the linear system of the adjoint is singular and its right-hand side lies outside the range: "
@@ -46,7 +49,7 @@ _ADVICE = {
     Status.NONFINITE: (
         "a NaN or infinity appeared. Look for NaN in the data, a learning rate that is too large, a "
         "logarithm or square root at zero. When unrolling Adam or another rule with a square root, set "
-        "`eps_root` (`optax.adam(..., eps_root=1e-8)`; larger where `info.growth` is large): a root has "
+        "`eps_root` (`optax.adam(..., eps_root=1e-8)`; larger where that is DIVERGED): a root has "
         "no derivative at a gradient entry that is zero; nor has clipping by the norm at a zero gradient "
         "(clip by value, `optax.clip`, instead)."
     ),

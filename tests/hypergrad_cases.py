@@ -32,7 +32,7 @@ CASES = {
         {"mixture": ([0.2, 0.8], [0.5, 0.5]), "max_growth": (1e6, 1e7)},
     ),
     "unrolled-truncated": EngineCase(bl.Unrolled(truncate=1500), LONG_GD, 1e-6),
-    "forward": EngineCase(bl.Forward(), LONG_GD, 1e-6),
+    "forward": EngineCase(bl.Forward(), LONG_GD, 1e-6, {"max_growth": (1e6, 1e7)}),
     "onestep": EngineCase(bl.OneStep(), EXACT_LBFGS, 1.0, {"step_size": (0.1, 0.2)}),
     "f2sa": EngineCase(bl.F2SA(nu=1e-3), EXACT_LBFGS, 1e-4, {"nu": (1e-2, 2e-2)}),
     "f2sa-1": EngineCase(bl.F2SA(nu=1e-4, order=1), EXACT_LBFGS, 2e-3),

@@ -144,6 +144,7 @@ def test_numbers_lam_and_data_trace_once(cls, seed, count_traces):
         bl.Exact,
         bl.Implicit,
         bl.Unrolled,
+        bl.Forward,
         bl.STORM,
         bl.BAMM,
     }  # its rate says nothing without noise
