@@ -156,7 +156,7 @@ class SAGA(AbstractEstimator):
     def init(self, raw: Raw, point: Point, level: Level) -> "_Table":
         zeros, slots = _zeros(raw, point, level), _slots(level)
         rows = jax.tree.map(lambda leaf: jnp.zeros((slots.num, *leaf.shape), leaf.dtype), zeros)
-        return _Table(rows, zeros, slots.draw(jax.random.fold_in(level.key, 1)), zeros)
+        return _Table(rows, zeros, slots.draw(level.bits), zeros)
 
     def __call__(
         self, raw: Raw, point: Point, level: Level, memory: "_Table"
@@ -169,7 +169,7 @@ class SAGA(AbstractEstimator):
         mean = tree.axpy(slots.share(i), change, memory.mean)
         # The next step's row is read here, after the write: a read of the table before its update, in the
         # same step, would make XLA copy the whole table.
-        i = slots.draw(level.key)
+        i = slots.draw(level.bits)
         old = jax.tree.map(lambda rows: jax.lax.dynamic_index_in_dim(rows, i, keepdims=False), rows)
         return tree.add(memory.mean, change), report, _Table(rows, mean, i, old)
 

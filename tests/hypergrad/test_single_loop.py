@@ -386,6 +386,7 @@ def test_contract(name, seed):
 def test_table_is_updated_in_place():
     """Every copy of a table in the compiled run is outside its loop."""
     from bilevel import driver, transforms
+    from bilevel.problem import shuffled
     from solvers.static_function import StaticFunction
 
     case = problems.make("quadratic", n=26)
@@ -395,10 +396,10 @@ def test_table_is_updated_in_place():
         transforms.broadcast(None, case.lam),
         jax.random.key(0),
     )
-    common = problem, None, bl.SABA(0.1), rule, scales
-    state = driver._first_state(*common, case.w, case.lam, key)
+    problem, engine = shuffled(problem, key), bl.SABA(0.1)
+    state = driver._first_state(problem, None, engine, rule, scales, case.w, case.lam, key)
     sizes = jnp.int32(5), jnp.asarray(False), 5
-    program = driver._chunk.lower(*common, state, key, *sizes).compile().compiled.as_text()
+    program = driver._chunk.lower(engine, problem, None, rule, scales, state, key, *sizes).compile().compiled.as_text()
     copies, computation = [], ""
     for line in program.splitlines():
         if line.endswith("{"):
