@@ -114,7 +114,9 @@ def levels(
             return (sampler(2 * index), sampler(2 * index + 1)) if pairs else sampler(index)
 
         place = jax.random.fold_in(key, index)
-        return Level(draw, inner, bits[0]), Level(lambda: problem.outer_batch(place), outer, bits[1])
+        return Level(draw, inner, bits[0]), Level(
+            lambda: problem.outer_batch(place), outer, bits[1]
+        )
 
     def turn() -> Any:
         first = inner.turn(own[0], count)
