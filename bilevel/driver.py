@@ -18,6 +18,7 @@ from bilevel.checkpoint import Saved, opened
 from bilevel.choice import resolved
 from bilevel.footprint import fitted
 from bilevel.outer.base import Evaluation, OuterMethod, at_accuracy, check
+from bilevel.problem import shuffled
 from bilevel.progress import Progress
 from bilevel.result import Best, BilevelError, History, Result, RunState, join, record
 from hypergrad import AbstractEngine, BilevelProblem, Hypergradient
@@ -119,9 +120,10 @@ def run(
     problem = lane_choice.settled(engine, problem, solver, w, lam, key)
 
     rule = outer if isinstance(outer, OuterMethod) else StaticFunction(outer)
-    start = (problem, solver, engine, rule, scales, w, lam, key)
     stopped = "num_steps"
     with opened(checkpoint, resume, data=problem, key=key) as store:
+        problem = shuffled(problem, key)
+        start = (problem, solver, engine, rule, scales, w, lam, key)
         like = eqx.filter_eval_shape(_first_state, *start) if state is None else state
         empty = _empty_record(problem, solver, engine, like, key)
         saved = None if store is None else store.load(like, empty)
@@ -262,10 +264,15 @@ def _chunk(
         state, *_, taken = carry
         return (taken < length) & (state.worst <= Status.MAX_STEPS)
 
+    judged = can_estimate(problem, solver, engine) and not isinstance(rule, OuterMethod)
+
     def body(carry):
-        state, _, _, buffer, taken = carry
+        state, _, buffer, taken = carry
         h, engine_state = engine_at(state)
-        buffer = jax.tree.map(lambda rows, row: rows.at[taken].set(row), buffer, record(h))
+        buffer = {
+            dtype: jax.lax.dynamic_update_index_in_dim(buffer[dtype], row, taken, 0)
+            for dtype, row in _packed(record(h)).items()
+        }
         good = h.info.status <= Status.MAX_STEPS
         lam, outer_state, value = _outer_step(problem, rule, scales, state, h)
         value = value.astype(state.best.outer_value.dtype)
@@ -277,19 +284,26 @@ def _chunk(
         stayed = state._replace(step=state.step + 1, worst=worst)
         if not engine.rewinds:
             stayed = stayed._replace(engine=engine_state)
-        return _select(good, moved, stayed), state.lam, h, buffer, taken + 1
+        last = (state.lam, h) if judged else None
+        return _select(good, moved, stayed), last, buffer, taken + 1
 
     h_shape, _ = eqx.filter_eval_shape(engine_at, state)
     empty = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), h_shape)
-    buffer = jax.tree.map(lambda leaf: jnp.zeros((size,), leaf.dtype), record(empty))
-    state, lam, h, buffer, taken = jax.lax.while_loop(
-        is_open, body, (state, state.lam, empty, buffer, jnp.int32(0))
+    entries = record(empty)
+    buffer = {
+        dtype: jnp.zeros((size, *row.shape), row.dtype) for dtype, row in _packed(entries).items()
+    }
+    last = (state.lam, empty) if judged else None
+    state, last, buffer, taken = jax.lax.while_loop(
+        is_open, body, (state, last, buffer, jnp.int32(0))
     )
+    buffer = _unpacked(buffer, entries)
 
     def with_verdict() -> tuple[Array, History]:
-        last = state.step - 1
-        step_key = jax.random.fold_in(key, last)
-        info = estimated(problem, solver, engine, lam, h, state.engine, step_key, last).info
+        assert last is not None
+        (lam, h), step = last, state.step - 1
+        step_key = jax.random.fold_in(key, step)
+        info = estimated(problem, solver, engine, lam, h, state.engine, step_key, step).info
         index = taken - 1
         rows = buffer._replace(
             error_estimate=buffer.error_estimate.at[index].set(info.error_estimate),
@@ -299,10 +313,23 @@ def _chunk(
         worst = jnp.where(info.status > Status.MAX_STEPS, info.status, jnp.int32(0))
         return jnp.maximum(state.worst, worst), rows
 
-    if can_estimate(problem, solver, engine) and not isinstance(rule, OuterMethod):
+    if judged:
         worst, buffer = jax.lax.cond(estimate, with_verdict, lambda: (state.worst, buffer))
         state = state._replace(worst=worst)
     return state, buffer, taken
+
+
+def _packed(entries: History) -> dict[str, Array]:
+    """A step's entries in one vector for each dtype: each write into a history costs as much as a short step."""
+    rows: dict[str, list[Array]] = {}
+    for entry in entries:
+        rows.setdefault(str(entry.dtype), []).append(entry)
+    return {dtype: jnp.stack(row) for dtype, row in rows.items()}
+
+
+def _unpacked(buffer: dict[str, Array], entries: History) -> History:
+    columns = {dtype: iter(jnp.moveaxis(rows, 1, 0)) for dtype, rows in buffer.items()}
+    return History(*(next(columns[str(entry.dtype)]) for entry in entries))
 
 
 def _outer_step(

@@ -1,5 +1,7 @@
 """What people write: an inner loss, an outer loss, and their data."""
 
+import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -146,11 +148,67 @@ class Problem(eqx.Module):
         """The numbered batches of the inner and the outer data; None where batches are shared rows."""
         if self.same_rows:
             return None, None
-        inner, outer = self.batch_size
-        return Slots(self.inner_data, inner), Slots(self.outer_data, outer)
+        (inner, outer), rows = self.batch_size, self.rows()
+        return Slots(self.inner_data, inner, rows[0]), Slots(self.outer_data, outer, rows[1])
+
+    def rows(self) -> tuple[int, int]:
+        """The rows of each level that has batches, else 1."""
+        levels = zip((self.inner_data, self.outer_data), self.batch_size, strict=True)
+        inner, outer = (1 if size is None else num_rows(data) for data, size in levels)
+        return inner, outer
 
     def start(self, w: Tree, lam: Tree, batch: Any) -> Tree:
         return w if self.inner_init is None else self.inner_init(lam, batch)
+
+
+class Shuffled(Problem):
+    """A problem with shuffled rows, the first `batch_size - 1` once more at the end: a batch is one slice."""
+
+    num_rows: tuple[int, int] = eqx.field(static=True, default=(1, 1), kw_only=True)
+
+    def rows(self) -> tuple[int, int]:
+        return self.num_rows
+
+    def slots(self) -> tuple[Slots, Slots]:
+        (inner, outer), rows = self.batch_size, self.num_rows
+        return (
+            Slots(self.inner_data, inner, rows[0], shuffled=True),
+            Slots(self.outer_data, outer, rows[1], shuffled=True),
+        )
+
+    def inner_sampler(self, key: Array) -> Sampler:
+        level, slots = jax.random.fold_in(key, 0), self.slots()[0]
+        if slots.size is None:
+            return constant_sampler(self.inner_data)
+        seed = jax.random.bits(level, (), jnp.uint32)
+        return Sampler(lambda step: slots.turn(seed, jnp.asarray(step)), varies=True)
+
+    def outer_batch(self, key: Array) -> Any:
+        seed = jax.random.bits(jax.random.fold_in(key, 1), (), jnp.uint32)
+        return self.slots()[1].turn(seed, jnp.int32(0))
+
+
+def shuffled(problem: Any, key: Array) -> Any:
+    """What a run works on: the problem with its rows in a random order, where it has batches of rows."""
+    if type(problem) is not Problem or problem.same_rows or problem.batch_size == (None, None):
+        return problem
+    data = problem.inner_data, problem.outer_data
+    levels = zip(data, problem.batch_size, (0, 1), strict=True)
+    inner, outer = (
+        part if size is None else _shuffle(part, size, jax.random.fold_in(key, level))
+        for part, size, level in levels
+    )
+    names = (field.name for field in dataclasses.fields(problem))
+    fields = {name: getattr(problem, name) for name in names}
+    fields |= {"inner_data": inner, "outer_data": outer, "num_rows": problem.rows()}
+    return Shuffled(**fields)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _shuffle(data: Any, size: int, key: Array) -> Any:
+    order = jax.random.permutation(key, num_rows(data))
+    order = jnp.concatenate([order, order[: size - 1]])
+    return jax.tree.map(lambda leaf: jnp.take(leaf, order, axis=0), data)
 
 
 class _Function(eqx.Module):

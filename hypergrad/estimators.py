@@ -155,23 +155,26 @@ class SAGA(AbstractEstimator):
 
     def init(self, raw: Raw, point: Point, level: Level) -> "_Table":
         zeros, slots = _zeros(raw, point, level), _slots(level)
-        rows = jax.tree.map(lambda leaf: jnp.zeros((slots.num, *leaf.shape), leaf.dtype), zeros)
-        return _Table(rows, zeros, slots.draw(jax.random.fold_in(level.key, 1)), zeros)
+        zero = tree.flatten(zeros)[0] if zeros else jnp.zeros(0)
+        rows = jnp.zeros((slots.num, zero.size), zero.dtype)
+        return _Table(rows, zero, slots.draw(level.bits), zero)
 
     def __call__(
         self, raw: Raw, point: Point, level: Level, memory: "_Table"
     ) -> tuple[Oracles, Any, "_Table"]:
         slots, i = _slots(level), memory.index
         now, report = slots.on(i, lambda batch: raw(point, batch))
-        change = tree.sub(now, memory.old)
-        put = lambda rows, new: jax.lax.dynamic_update_index_in_dim(rows, new, i, 0)
-        rows = jax.tree.map(put, memory.rows, now)
-        mean = tree.axpy(slots.share(i), change, memory.mean)
+        if not now:
+            return now, report, memory
+        now, unflatten = tree.flatten(now)  # one row to write, whatever the oracles
+        change = now - memory.old
+        rows = jax.lax.dynamic_update_index_in_dim(memory.rows, now, i, 0)
+        mean = memory.mean + slots.share(i).astype(now.dtype) * change
         # The next step's row is read here, after the write: a read of the table before its update, in the
         # same step, would make XLA copy the whole table.
-        i = slots.draw(level.key)
-        old = jax.tree.map(lambda rows: jax.lax.dynamic_index_in_dim(rows, i, keepdims=False), rows)
-        return tree.add(memory.mean, change), report, _Table(rows, mean, i, old)
+        i = slots.draw(level.bits)
+        old = jax.lax.dynamic_index_in_dim(rows, i, keepdims=False)
+        return unflatten(memory.mean + change), report, _Table(rows, mean, i, old)
 
 
 class _Mean(NamedTuple):
@@ -186,10 +189,10 @@ class _Path(NamedTuple):
 
 
 class _Table(NamedTuple):
-    rows: Oracles
-    mean: Oracles
+    rows: Array  # flattened oracles, by slot
+    mean: Array
     index: Array  # of the slot of the next step
-    old: Oracles  # and its row
+    old: Array  # and its row
 
 
 def _zeros(raw: Raw, point: Point, level: Level) -> Oracles:

@@ -15,24 +15,47 @@ class Slots(eqx.Module):
     A slot is drawn with the probability that a row falls into it, so the gradient on it is unbiased.
     """
 
-    data: Any
+    stored: Any
+    """The data; where they are shuffled, with the first `size - 1` rows once more at the end."""
     size: int | None = eqx.field(static=True)
+    num_rows: int = eqx.field(static=True)
+    """1 where there are no batches: all data are one slot."""
+    shuffled: bool = eqx.field(static=True, default=False)
 
     @property
-    def num_rows(self) -> int:
-        """1 where there are no batches: all data are one slot."""
-        return 1 if self.size is None else jax.tree.leaves(self.data)[0].shape[0]
+    def data(self) -> Any:
+        """All rows once."""
+        if self.size is None or not self.shuffled:
+            return self.stored
+        return jax.tree.map(lambda leaf: leaf[: self.num_rows], self.stored)
 
     @property
     def num(self) -> int:
         return -(-self.num_rows // (self.size or 1))
 
-    def draw(self, key: Array) -> Array:
-        """A slot's number, int32."""
+    def draw(self, bits: Array) -> Array:
+        """A slot's number, int32, from 32 random bits."""
         if self.num == 1:
             return jnp.int32(0)
-        row = jax.random.randint(key, (), 0, self.num_rows, jnp.int32)
+        row = (bits % jnp.uint32(self.num_rows)).astype(jnp.int32)
         return row // jnp.int32(self.size or 1)
+
+    def turn(self, seed: Array, count: Array) -> Any:
+        """The batch of turn `count` of passes over shuffled rows, each pass without repeats.
+
+        A pass begins at a row drawn from `seed` and takes batches in a circle; rows that do not fill a batch
+        sit it out. One slice, and no random bits but a hash.
+        """
+        assert self.shuffled
+        size = self.size
+        if size is None:
+            return self.stored
+        rows, fit = jnp.uint32(self.num_rows), jnp.uint32(self.num_rows // size)
+        count = count.astype(jnp.uint32)
+        start = mixed(seed, count // fit) % rows + count % fit * jnp.uint32(size)
+        start = jnp.where(start >= rows, start - rows, start).astype(jnp.int32)
+        cut = lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, start, size)
+        return jax.tree.map(cut, self.stored)
 
     def share(self, index: Array) -> Array:
         """The part of all rows that is in this slot."""
@@ -43,11 +66,11 @@ class Slots(eqx.Module):
         """`fn(batch)` for this slot's batch; it is compiled for each of the two lengths."""
         size = self.size
         if size is None:
-            return fn(self.data)
+            return fn(self.stored)
 
         def rows(length: int) -> Any:
             cut = lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, index * size, length)
-            return jax.tree.map(cut, self.data)
+            return jax.tree.map(cut, self.stored)
 
         short = self.num_rows % size
         if short == 0:
@@ -63,26 +86,48 @@ class Level(NamedTuple):
     """A fresh batch, the same at every call."""
     slots: Slots | None
     """None where the problem has none."""
-    key: Array
-    """For the slot."""
+    bits: Array
+    """For the slot, uint32."""
+
+
+def seeds(key: Array, places: int) -> Array:
+    """What `levels` draws with, for each place of a cycle: two inner batches, an outer one, slots."""
+    return jax.random.bits(key, (places, 5), jnp.uint32)
 
 
 def levels(
-    problem: Any, key: Array, index: Array | int, pairs: bool = False
+    problem: Any, key: Array, seeds: Array, count: Array, index: Array | int, pairs: bool = False
 ) -> tuple[Level, Level]:
-    """The inner and the outer data at the `index`-th place of the step that `key` belongs to.
+    """The inner and the outer data at the `index`-th place of step `count`, which `key` belongs to.
 
+    Shuffled rows are taken in passes, each place in its own order; else batches are drawn from `key`.
     `pairs`: an inner batch is two batches, drawn independently.
     """
-    sampler = problem.inner_sampler(key)
-    place = jax.random.fold_in(key, index)
+    own = seeds[index]
+    bits = mixed(own[3], count), mixed(own[4], count)
     slots = getattr(problem, "slots", None)
     inner, outer = (None, None) if slots is None else slots()
+    if inner is None or outer is None or not inner.shuffled:
+        sampler = problem.inner_sampler(key)
 
-    def draw() -> Any:
-        return (sampler(2 * index), sampler(2 * index + 1)) if pairs else sampler(index)
+        def draw() -> Any:
+            return (sampler(2 * index), sampler(2 * index + 1)) if pairs else sampler(index)
 
-    return (
-        Level(draw, inner, jax.random.fold_in(place, 4)),
-        Level(lambda: problem.outer_batch(place), outer, jax.random.fold_in(place, 5)),
-    )
+        place = jax.random.fold_in(key, index)
+        return Level(draw, inner, bits[0]), Level(
+            lambda: problem.outer_batch(place), outer, bits[1]
+        )
+
+    def turn() -> Any:
+        first = inner.turn(own[0], count)
+        return (first, inner.turn(own[1], count)) if pairs else first
+
+    return Level(turn, inner, bits[0]), Level(lambda: outer.turn(own[2], count), outer, bits[1])
+
+
+def mixed(seed: Array, count: Array | int) -> Array:
+    """32 bits of a hash of both (the finaliser of MurmurHash3): a few integer operations, fused into one."""
+    x = seed ^ (jnp.asarray(count).astype(jnp.uint32) * jnp.uint32(0x9E3779B9))
+    x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
+    x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
+    return x ^ (x >> 16)

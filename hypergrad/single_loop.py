@@ -18,7 +18,7 @@ from jax import Array
 from hypergrad.base import AbstractEngine, BilevelProblem, Hypergradient, Solver, make_info
 from hypergrad.derivatives import hessian_product
 from hypergrad.estimators import AbstractEstimator, Oracles, Point, Raw
-from hypergrad.levels import levels
+from hypergrad.levels import levels, seeds
 from solvers import SolveInfo, Status, tree
 from solvers.fields import Number, cast
 from solvers.linear.spectrum import largest_eigenvalue
@@ -121,16 +121,18 @@ class AbstractSingleLoop(AbstractEngine):
             size = cast(self.step_size, like)
         own = self.start(w, lam)
         point = own | {"w": w, "lam": lam}
-        inner, outer = levels(problem, key, 0, self.pairs)
+        stages, count = self.stages(problem, size), jnp.int32(-1)
+        order = seeds(jax.random.fold_in(key, 3), sum(stage.times for stage in stages))
+        inner, outer = levels(problem, key, order, count, 0, self.pairs)
         memory = tuple(
             (
                 self.estimator.init(stage.inner, point, inner),
                 self.estimator.init(stage.outer, point, outer),
             )
-            for stage in self.stages(problem, size)
+            for stage in stages
         )
         limit = 1e8 * (1 + tree.norm(own | {"w": w}))
-        return _State(own, memory, size, limit)
+        return _State(own, memory, size, limit, order, count + 1)
 
     def step(
         self,
@@ -152,7 +154,9 @@ class AbstractSingleLoop(AbstractEngine):
             first = place
 
             def take(turn: Array | int, point: Point, memory: Any, stage=stage, first=first):
-                inner, outer = levels(problem, key, first + turn, self.pairs)
+                inner, outer = levels(
+                    problem, key, state.order, state.count, first + turn, self.pairs
+                )
                 below, on_inner, inner_memory = self.estimator(stage.inner, point, inner, memory[0])
                 above, on_outer, outer_memory = self.estimator(stage.outer, point, outer, memory[1])
                 move = stage.move(below | above, point)
@@ -191,7 +195,8 @@ class AbstractSingleLoop(AbstractEngine):
             adjoint_residual=report.get("adjoint_residual"),
             adjoint_steps=count.hvps,
         )
-        return Hypergradient(grad, w, info), _State(own, tuple(memory), size, state.limit)
+        after = _State(own, tuple(memory), size, state.limit, state.order, state.count + 1)
+        return Hypergradient(grad, w, info), after
 
 
 class _State(NamedTuple):
@@ -199,6 +204,8 @@ class _State(NamedTuple):
     memory: Any  # the estimators', by stage and level
     size: Array  # the step size
     limit: Array  # of the norm: beyond it the method has diverged
+    order: Array  # seeds of the batches, by place
+    count: Array  # of cycles
 
 
 def relative(x: Tree, reference: Tree) -> Array:

@@ -49,19 +49,19 @@ CASES = {
 }
 
 SINGLE_LOOP = {
-    "soba": bl.SOBA(0.2),
+    "soba": bl.SOBA(0.2, 0.1, inner_steps=2),
     "masoba": bl.SOBA(0.2, estimator=bl.EMA(0.5)),
     "saba": bl.SABA(0.2, adjoint_step=0.1),
+    "srba": bl.SRBA(0.2, estimator=bl.SPIDER(period=3)),
     "f3sa": bl.F3SA(0.2, penalty=5.0),
     "f2sa": bl.F3SA(0.2, penalty=5.0, inner_steps=2, coupled=False, estimator=bl.Plain()),
-    "meha": bl.MEHA(0.2, c=5.0),
-    "bamm": bl.BAMM(0.2, mu=0.3),
+    "meha": bl.MEHA(0.2, c=5.0, gamma=3.0, theta_step=0.1),
+    "bamm": bl.BAMM(0.2, 0.1, mu=0.3),
     "amigo": bl.AmIGO(0.2, inner_steps=2, adjoint_steps=3),
     "stocbio": bl.StocBiO(0.2, inner_steps=2, adjoint_steps=3),
-    "fsla": bl.FSLA(0.2),
-    "vpbgd": bl.VPBGD(0.2, penalty=5.0),
-    "gpbgd": bl.GPBGD(0.01, penalty=5.0),
-    "bome": bl.BOME(0.2, inner_steps=3),
-    "srba": bl.SRBA(0.2, estimator=bl.SPIDER(period=3)),
+    "fsla": bl.FSLA(0.2, 0.1, estimator=bl.STORM(0.4, everything=False)),
+    "vpbgd": bl.VPBGD(0.2, penalty=5.0, outer_step=0.1, inner_steps=2),
+    "gpbgd": bl.GPBGD(0.04, penalty=5.0),
+    "bome": bl.BOME(0.2, 0.5, 0.1, inner_steps=2),
 }
 """Engines that take one short cycle per outer step, as they are used; they have a contract of their own."""
