@@ -288,7 +288,7 @@ def _chunk(
     state, last, buffer, taken = jax.lax.while_loop(
         is_open, body, (state, last, buffer, jnp.int32(0))
     )
-    buffer = _unpacked(buffer, entries)
+    history = _unpacked(buffer, entries)
 
     def with_verdict() -> tuple[Array, History]:
         assert last is not None
@@ -296,18 +296,18 @@ def _chunk(
         step_key = jax.random.fold_in(key, step)
         info = estimated(problem, solver, engine, lam, h, state.engine, step_key, step).info
         index = taken - 1
-        rows = buffer._replace(
-            error_estimate=buffer.error_estimate.at[index].set(info.error_estimate),
-            curvature=buffer.curvature.at[index].set(info.curvature),
-            status=buffer.status.at[index].set(info.status),
+        rows = history._replace(
+            error_estimate=history.error_estimate.at[index].set(info.error_estimate),
+            curvature=history.curvature.at[index].set(info.curvature),
+            status=history.status.at[index].set(info.status),
         )
         worst = jnp.where(info.status > Status.MAX_STEPS, info.status, jnp.int32(0))
         return jnp.maximum(state.worst, worst), rows
 
     if judged:
-        worst, buffer = jax.lax.cond(estimate, with_verdict, lambda: (state.worst, buffer))
+        worst, history = jax.lax.cond(estimate, with_verdict, lambda: (state.worst, history))
         state = state._replace(worst=worst)
-    return state, buffer, taken
+    return state, history, taken
 
 
 def _packed(entries: History) -> dict[str, Array]:
