@@ -27,7 +27,8 @@ class Problem(eqx.Module):
         fresh lambda compiles anew.
       inner_data, outer_data: pytrees of arrays, given to the losses as `batch`; None gives None. They
         are arguments of the compiled program, never constants in it.
-      batch_size: rows per batch, or a pair (inner, outer); None uses all rows. A loss that needs to
+      batch_size: rows per batch, or a pair (inner, outer); None uses all rows. `run` takes batches from a
+        shuffled copy of the data (memory: once more), without repeats within a pass. A loss that needs to
         know which rows it sees (one weight per example) takes `jnp.arange(n)` as part of its data.
       same_rows: both levels see the same batch, drawn once per outer step: rows that are tasks, each
         with its own training and test part and its own slice of `w` (batch_size, ...).

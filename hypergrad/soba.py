@@ -79,9 +79,9 @@ class SABA(AbstractSOBA):
     """SOBA with SAGA's tables: finite sums are solved to rounding at constant steps.
 
     Class, cost and source as `SOBA`. Memory: a table of every oracle (three like `w`, two like `lam`) for
-    each of the batches that `batch_size` cuts the data into; it is updated in place. The batches are the rows in
-    their order: shuffle data that are sorted. Departs from the paper: a short last batch is drawn and
-    weighted by its rows.
+    each of the batches that `batch_size` cuts the data into; it is updated in place. `run`
+    shuffles the rows first, `hypergradient` takes them in order. Departs from the paper: a short last batch
+    is drawn and weighted by its rows.
     """
 
     step_size: Number | str = number("auto", low=0.0, strict=True)
