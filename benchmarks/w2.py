@@ -100,10 +100,10 @@ def floor(train: dict, trusted: dict, num_steps: int):
 def peers(path: Path, train: dict, trusted: dict, num_steps: int) -> dict:
     """Calls of benchmark_bilevel's SOBA, SABA and F2SA on this problem."""
     fake = types.ModuleType("benchopt")
-    fake.BaseSolver = type("BaseSolver", (), {"run_once": lambda self, _: None})  # type: ignore[attr-defined]
-    fake.safe_import_context = contextlib.nullcontext  # type: ignore[attr-defined]
+    base = type("BaseSolver", (), {"run_once": lambda self, _: None})
+    vars(fake).update(BaseSolver=base, safe_import_context=contextlib.nullcontext)
     criterion = types.ModuleType("benchopt.stopping_criterion")
-    criterion.SufficientProgressCriterion = lambda *_, **__: None  # type: ignore[attr-defined]
+    vars(criterion).update(SufficientProgressCriterion=lambda *_, **__: None)
     sys.modules |= {"benchopt": fake, "benchopt.stopping_criterion": criterion}
     # Their package of solvers has the name of ours: it is loaded by its files.
     sys.path.append(str(path))

@@ -3,7 +3,7 @@
 import dataclasses
 import logging
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import jax
 from jax import Array
@@ -72,8 +72,9 @@ def fitted(program: Callable[..., Any], engine: AbstractEngine, *args: Any) -> M
         _chosen[name] = _first_that_fits(program, engine, budget, args)
     found = _chosen[name]
     # The numbers of this engine, in the setting that was chosen.
-    same = dataclasses.replace(engine, memory_budget=None, levels=found.engine.levels)  # type: ignore[attr-defined]
-    logger.info("levels=%d: %s of a budget of %s", same.levels, found, size(budget))  # type: ignore[attr-defined]
+    levels = _levels(found)
+    same = dataclasses.replace(cast(Any, engine), memory_budget=None, levels=levels)
+    logger.info("levels=%d: %s of a budget of %s", levels, found, size(budget))
     return dataclasses.replace(found, engine=same)
 
 
@@ -84,17 +85,21 @@ def _first_that_fits(program: Any, engine: Any, budget: int, args: Any) -> Memor
         tried.append(measured(program, setting, *args))
         if tried[-1].peak <= budget:
             return tried[-1]
-        if (
-            len(tried) > 1 and tried[-1].peak >= tried[-2].peak
-        ):  # more levels cost more from here on
+        # More levels cost more from here on.
+        if len(tried) > 1 and tried[-1].peak >= tried[-2].peak:
             break
     least = min(tried, key=lambda memory: memory.peak)
     raise ValueError(
-        f"no setting fits memory_budget={size(budget)}: the least is levels={least.engine.levels} with "  # type: ignore[attr-defined]
+        f"no setting fits memory_budget={size(budget)}: the least is levels={_levels(least)} with "
         f"{size(least.peak)} ({size(least.arguments)} of it arguments: data, w, lam). Try "
         "Unrolled(truncate=K), smaller batches, fewer inner steps, Forward for a few outer variables "
         "(its memory does not grow with the steps), or Implicit."
     )
+
+
+def _levels(memory: Memory) -> int:
+    """Only engines with `levels` have a budget."""
+    return cast(Any, memory.engine).levels
 
 
 _chosen: dict[Any, Memory] = {}
