@@ -61,11 +61,15 @@ def test_random_directions_are_unbiased_with_the_stated_variance(count, key):
     assert np.mean(found.info.growth**2) == pytest.approx(growth**2, rel=0.08)
 
 
-def test_the_slope_along_a_guess_is_the_projection_on_it():
-    case, solver, exact, _ = slope_problem()
+@pytest.mark.parametrize("batch_size", [None, (4, None)], ids=["rows", "batches"])
+def test_the_slope_along_a_guess_is_the_projection_on_it(batch_size):
+    """The guess is the derivative of the last step, with that step's batch."""
+    case, solver, _, _ = slope_problem()
+    kwargs = {} if batch_size is None else {"batch_size": batch_size}
     call = lambda engine: bl.hypergradient(
-        of(case), case.lam, case.w, solver=solver, engine=engine, throw=False
+        of(case, **kwargs), case.lam, case.w, solver=solver, engine=engine, throw=False
     )
+    exact = flat(call(bl.Unrolled(estimate=False)).grad)
     u = flat(call(bl.Unrolled(truncate=1, estimate=False)).grad)
     unwatched = call(bl.Forward(directions="guess", max_growth=None))
     assert np.isnan(unwatched.info.growth)

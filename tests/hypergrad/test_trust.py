@@ -9,6 +9,7 @@ import problems
 import pytest
 
 import bilevel as bl
+from hypergrad.certificate import error_bound
 
 N, D = 60, 10
 
@@ -178,6 +179,22 @@ def test_the_bound_is_attained():
     error = abs(float(h.grad) - L * (lam - t)) / abs(float(h.grad))
     assert error > 0.1
     np.testing.assert_allclose(h.info.bound, error, rtol=1e-8)
+
+
+def test_the_bound_counts_what_a_gradient_differs_from_its_adjoint():
+    """As above, at the solution, with half as much again: the error is 1/3 of the gradient, and so the bound."""
+    m, L, t, lam = 0.7, 1.9, -0.4, jnp.asarray(0.8)
+    problem = bl.Problem(
+        lambda w, lam, batch: 0.5 * m * (w - lam) ** 2, lambda w, lam, batch: 0.5 * L * (w - t) ** 2
+    )
+    solver, constants = bl.GradientDescent(1 / m), bl.Constants(m, 0.0, 0.0, L, 0.0)
+    h = bl.hypergradient(problem, lam, 0.0, solver=solver)
+    np.testing.assert_allclose(h.grad, L * (lam - t), rtol=1e-10)
+    adjoint = L * (lam - t) / m
+    bound = error_bound(
+        problem, solver, lam, h._replace(grad=1.5 * h.grad), adjoint, None, None, constants
+    )
+    np.testing.assert_allclose(bound, 1 / 3, rtol=1e-8)
 
 
 def test_the_bound_has_every_term(seed):

@@ -11,6 +11,7 @@ import problems
 import pytest
 
 import bilevel as bl
+from bilevel import footprint
 
 T = 23
 
@@ -317,6 +318,22 @@ def test_a_budget_chooses_the_fastest_setting_that_fits():
                 bl.hypergradient(problem, lam, w, solver=solver, engine=engine, throw=False).grad
             )
         )(lam)
+
+
+def test_levels_are_tried_until_they_cost_more(monkeypatch):
+    peaks, tried = {1: 100, 2: 50, 3: 30, 4: 40}, []
+
+    def measured(program, engine, *args):
+        tried.append(engine.levels)
+        return footprint.Memory(engine, peaks[engine.levels], 0, 0)
+
+    monkeypatch.setattr(footprint, "measured", measured)
+    fitted = lambda budget: footprint.fitted(measured, bl.Unrolled(memory_budget=budget)).engine
+    assert fitted(35).levels == 3 and tried == [1, 2, 3]
+    assert fitted(35).levels == 3 and tried == [1, 2, 3]  # remembered
+    with pytest.raises(ValueError, match="the least is levels=3 with 30 B"):
+        fitted(10)
+    assert tried[3:] == [1, 2, 3, 4]
 
 
 def test_a_budget_that_nothing_fits_is_refused_with_advice():
