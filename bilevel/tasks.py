@@ -14,7 +14,7 @@ from hypergrad import AbstractEngine, Hypergradient, HypergradInfo
 from hypergrad.base import Solver, make_solver
 from hypergrad.certificate import implied
 from hypergrad.estimate import with_estimate
-from solvers import AbstractInnerSolver, Objective, Sampler, SolveInfo, tree
+from solvers import AbstractInnerSolver, Mapping, Objective, Sampler, SolveInfo, tree
 from solvers.fields import unchecked
 from solvers.lanes import solve_many
 from solvers.types import Tree
@@ -283,10 +283,23 @@ class _Shared(eqx.Module):
     def args(self) -> Any:
         return self.objective.args
 
+    def _of_slice(self, own: Any) -> Any:
+        """A function `(w, args, batch, ...)` of the objective as one of the slice; None stays None."""
+        return own and (lambda w, args, task, *v: own(w, args, _pair(self.data, task), *v))
+
+    @property
+    def fn(self) -> Any:
+        own = self.objective.fn
+        slice_of = self._of_slice
+        return Mapping(slice_of(own.mapping)) if isinstance(own, Mapping) else slice_of(own)
+
     @property
     def hvp(self) -> Any:
-        own = self.objective.hvp
-        return own and (lambda w, args, task, v: own(w, args, _pair(self.data, task), v))
+        return self._of_slice(self.objective.hvp)
+
+    @property
+    def preconditioner(self) -> Any:
+        return self._of_slice(self.objective.preconditioner)
 
     @property
     def prox(self) -> Any:

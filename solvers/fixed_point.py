@@ -59,7 +59,8 @@ class FixedPoint(AbstractInnerSolver):
 
     def init(self, objective: ObjectiveFn, w: Tree, batch: Any) -> "_State":
         flat, _ = tree.flatten(w)
-        rows = jnp.zeros((self.memory, flat.size), flat.dtype)
+        # No array without entries: those cannot be mapped over in batches.
+        rows = jnp.zeros((self.memory, flat.size), flat.dtype) if self.memory else None
         return _State(rows, rows, jnp.int32(0), jnp.full((), jnp.inf, flat.dtype))
 
     def step(
@@ -69,7 +70,7 @@ class FixedPoint(AbstractInnerSolver):
         image, _ = tree.flatten(apply_mapping(objective, w, batch))
         left = image - before
         residual = jnp.linalg.norm(jax.lax.stop_gradient(left))
-        if not self.memory:
+        if state.images is None or state.lefts is None:
             return unflatten(image), _State(state.images, state.lefts, state.count, residual)
         near = residual < 10 * state.residual  # False for NaN
         count = jnp.where(near, jnp.minimum(state.count + 1, self.memory), 1)
@@ -111,7 +112,7 @@ def _combine(images: Array, lefts: Array, count: Array) -> Array:
 
 
 class _State(NamedTuple):
-    images: Array  # (memory, d), newest last
-    lefts: Array  # (memory, d), T(w) - w
+    images: Array | None  # (memory, d), newest last; None without memory
+    lefts: Array | None  # (memory, d), T(w) - w
     count: Array  # rows in use
     residual: Scalar

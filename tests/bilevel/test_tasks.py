@@ -188,6 +188,49 @@ def test_shared_data_come_first_in_the_batch(data):
     assert int(h.info.inner.num_steps) == int(jnp.sum(steps)) and np.all(steps > 1)
 
 
+@pytest.mark.parametrize("memory", [0, 2])
+def test_fixed_points_on_refilled_lanes(memory, seed):
+    """`w = A w + lam b`, A shared, b the task's: `w = lam M b`, `M = (I - A)^-1`."""
+    rng = np.random.default_rng([seed, 41])
+    A, b, t = 0.2 * rng.normal(size=(3, 3)), rng.normal(size=(5, 3)), rng.normal(size=3)
+    tasks = bl.Tasks(
+        bl.Problem(
+            bl.Mapping(lambda w, lam, batch: batch[0] @ w + lam * batch[1]),
+            lambda w, lam, batch: 0.5 * jnp.sum((w - t) ** 2),
+            A,
+        ),
+        b,
+        lanes=2,
+    )
+    h = bl.hypergradient(
+        tasks,
+        0.7,
+        np.zeros(3),
+        solver=bl.FixedPoint(memory=memory),
+        engine=bl.Implicit(estimate=False),
+    )
+    Mb = b @ np.linalg.inv(np.eye(3) - A).T
+    np.testing.assert_allclose(h.w, 0.7 * Mb, atol=1e-7)
+    np.testing.assert_allclose(h.grad, np.mean(np.sum(Mb * (0.7 * Mb - t), axis=1)), rtol=1e-6)
+
+
+def test_newton_on_refilled_lanes_uses_the_preconditioner_of_the_slice():
+    """The exact inverse of each task's Hessian, shared data first: CG takes one step, so one suffices."""
+    scales = jnp.asarray([1.0, 10.0, 100.0])
+    curvature = lambda batch: batch[0] * batch[1]
+    problem = bl.Problem(
+        lambda w, lam, batch: 0.5 * jnp.sum(curvature(batch) * w**2) - lam * jnp.sum(w),
+        lambda w, lam, batch: jnp.sum(w),
+        scales,
+        inner_preconditioner=lambda w, lam, batch: lambda r: r / curvature(batch),
+    )
+    rates = np.arange(1.0, 6.0)[:, None] * np.ones(3)
+    newton = bl.Newton(max_steps=1, linear_solver=bl.CG(rtol=0.0, max_steps=1))
+    tasks = bl.Tasks(problem, rates, lanes=2)
+    h = bl.hypergradient(tasks, 0.7, np.zeros(3), solver=newton, engine=bl.Implicit(estimate=False))
+    np.testing.assert_allclose(h.w, 0.7 / (np.asarray(scales) * rates), rtol=1e-9)
+
+
 def test_a_run_carries_each_task_and_counts_the_work(data):
     """Every task goes on from its own solution: later steps cost less, and stacked starts are taken."""
     _, grad, w = closed_form(data)
