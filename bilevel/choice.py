@@ -59,8 +59,8 @@ def choose(
     | else | Implicit, by CG | LBFGS |
 
     A negative curvature at the start proves that the inner loss is not convex; none proves nothing, so an
-    implicit hypergradient still reports INDEFINITE where its solution is no minimum. Dense inverses are
-    never chosen: CG was as fast at 30 unknowns and ten times faster at 640.
+    implicit hypergradient still reports INDEFINITE where its solution is no minimum. A dense inverse, which
+    costs a Hessian-vector product for each unknown, is never chosen: CG seldom takes as many.
 
     Raises as `hypergradient` does. Works from Python, not under `jit`.
     """
