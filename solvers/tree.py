@@ -36,6 +36,20 @@ def vdot(x: Tree, y: Tree) -> Scalar:
     return jax.tree.reduce(jnp.add, parts, jnp.zeros((), dtype))
 
 
+def vdots(*pairs: tuple[Tree, Tree]) -> Array:
+    """The inner products of several pairs of like trees, in one reduction: shape (len(pairs),)."""
+    dtype = accumulation_dtype(pairs[0][0])
+
+    def part(*leaves: Array) -> Array:
+        flat = [leaf.ravel().astype(dtype) for leaf in leaves]
+        return jnp.sum(
+            jnp.stack([a * b for a, b in zip(flat[::2], flat[1::2], strict=True)]), axis=1
+        )
+
+    parts = jax.tree.map(part, *[x for pair in pairs for x in pair])
+    return jax.tree.reduce(jnp.add, parts, jnp.zeros(len(pairs), dtype))
+
+
 def norm(x: Tree) -> Scalar:
     """2-norm over all leaves."""
     return jnp.sqrt(vdot(x, x))

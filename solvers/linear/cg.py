@@ -85,8 +85,9 @@ class CG(AbstractLinearSolver):
 
         x0 = tree.where(b_norm > 0, x0, tree.zeros_like(x0))
         warm = tree.max_abs(x0) > 0
+        zero, one = jnp.zeros((), dtype), jnp.ones((), dtype)
 
-        def is_open(residual: Scalar, steps: Array, code: Array) -> Array:
+        def is_open(residual: Scalar, steps: Scalar, code: Scalar) -> Array:
             return (residual > target) & (steps < max_steps) & (code == Status.OK)
 
         def step(c: _Carry) -> _Carry:
@@ -94,80 +95,91 @@ class CG(AbstractLinearSolver):
 
             Both in one body, since compilation takes as long as the products that are written out.
             """
-            image = matvec(tree.where(c.recompute, c.x, c.p))
-            kappa, length2 = tree.vdot(c.p, image), tree.vdot(c.p, c.p)
-            rayleigh = kappa / length2
-            largest = jnp.maximum(c.largest, tree.norm(image) / jnp.sqrt(length2))
+            s = _unpack(_Scalars, c.scalars)
+            recompute = s.recompute > 0
+            image = matvec(c.direction)
+            kappa, length2, image2 = tree.vdots(
+                (c.direction, image), (c.direction, c.direction), (image, image)
+            )
+            rayleigh, largest = kappa / length2, jnp.maximum(s.largest, jnp.sqrt(image2 / length2))
             flat = 10 * eps * largest
             code = jnp.where(
                 rayleigh < -flat,
-                jnp.int32(Status.INDEFINITE),
-                jnp.where(rayleigh <= flat, jnp.int32(Status.BREAKDOWN), jnp.int32(Status.OK)),
+                Status.INDEFINITE,
+                jnp.where(rayleigh <= flat, Status.BREAKDOWN, 0),
             )
-            code = jnp.where(c.recompute, c.code, code)
-            moves = ~c.recompute & (code == Status.OK)
-            alpha = jnp.where(moves, c.gamma / kappa, jnp.zeros((), dtype))
-            x = tree.axpy(alpha, c.p, c.x)
-            r = tree.axpy(
-                -jnp.where(c.recompute, jnp.ones((), dtype), alpha),
-                image,
-                tree.where(c.recompute, b, c.r),
+            moves = ~recompute & (code == Status.OK)
+            alpha = jnp.where(moves, s.gamma / kappa, zero)
+            met = _pack(
+                _Met(
+                    move=alpha,
+                    fall=jnp.where(recompute, one, alpha),
+                    code=jnp.where(recompute, s.code, code.astype(dtype)),
+                    curvature=jnp.where(recompute, s.curvature, jnp.minimum(s.curvature, rayleigh)),
+                    largest=jnp.where(recompute, s.largest, largest),
+                )
             )
-            residual = tree.norm(r)
+            m = _unpack(_Met, met)
+            x = tree.axpy(m.move, c.direction, c.x)
+            r = tree.axpy(-m.fall, image, tree.where(recompute, b, c.r))
             z = precondition(r)
-            gamma = tree.vdot(r, z)
-            beta = jnp.where(c.recompute, jnp.zeros((), dtype), gamma / c.gamma)
-            steps = c.steps + jnp.where(c.recompute, 0, 1)
-            opened = is_open(residual, steps, code)
-            return _Carry(
-                x=x,
-                r=r,
-                p=tree.axpy(beta, c.p, z),
-                gamma=gamma,
-                residual=residual,
-                last_true=jnp.where(c.recompute, residual, c.last_true),
-                recompute=~c.recompute & ~opened,
-                # The recomputed residual ends it where it met the target or no longer falls.
-                done=c.recompute & ~(opened & (residual < 0.5 * c.last_true)),
-                steps=steps,
-                code=code,
-                curvature=jnp.where(c.recompute, c.curvature, jnp.minimum(c.curvature, rayleigh)),
-                largest=jnp.where(c.recompute, c.largest, largest),
+            if approximate is None:
+                gamma = length2 = tree.vdot(r, r)
+            else:
+                length2, gamma = tree.vdots((r, r), (r, z))
+            residual = jnp.sqrt(length2)
+            steps = s.steps + jnp.where(recompute, zero, one)
+            opened = is_open(residual, steps, m.code)
+            # The recomputed residual ends it where it met the target or no longer falls.
+            done = recompute & ~(opened & (residual < 0.5 * s.last_true))
+            scalars = _pack(
+                _Scalars(
+                    gamma=gamma,
+                    beta=jnp.where(recompute, zero, gamma / s.gamma),
+                    last_true=jnp.where(recompute, residual, s.last_true),
+                    recompute=(~recompute & ~opened).astype(dtype),
+                    done=done.astype(dtype),
+                    steps=steps,
+                    code=m.code,
+                    curvature=m.curvature,
+                    largest=m.largest,
+                )
             )
+            s = _unpack(_Scalars, scalars)
+            direction = tree.where(s.recompute > 0, x, tree.axpy(s.beta, c.direction, z))
+            return _Carry(x, r, direction, scalars)
 
         z = precondition(b)
-        ok = jnp.int32(Status.OK)
-        last = jax.lax.while_loop(
-            lambda c: ~c.done,
-            step,
-            _Carry(
-                x=x0,
-                r=b,
-                p=z,
-                gamma=tree.vdot(b, z),
-                residual=b_norm,
-                last_true=jnp.where(warm, jnp.asarray(jnp.inf, dtype), b_norm),
-                recompute=warm,
-                done=~warm & ~is_open(b_norm, jnp.int32(0), ok),
-                steps=jnp.int32(0),
-                code=ok,
-                curvature=jnp.asarray(jnp.inf, dtype),
-                largest=largest,
-            ),
+        start = _Scalars(
+            gamma=tree.vdot(b, z),
+            beta=zero,
+            last_true=jnp.where(warm, jnp.inf, b_norm),
+            recompute=warm.astype(dtype),
+            done=(~warm & ~is_open(b_norm, zero, zero)).astype(dtype),
+            steps=zero,
+            code=zero,
+            curvature=jnp.full_like(zero, jnp.inf),
+            largest=largest,
         )
+        carry = jax.lax.while_loop(
+            lambda c: ~(_unpack(_Scalars, c.scalars).done > 0),
+            step,
+            _Carry(x0, b, tree.where(warm, x0, z), _pack(start)),
+        )
+        last = _unpack(_Scalars, carry.scalars)
         curvature = jnp.where(jnp.isinf(last.curvature), jnp.nan, last.curvature)
         info = finish(
             matvec,
             b,
-            last.x,
-            last.r,
-            num_steps=last.steps,
-            code=last.code,
+            carry.x,
+            carry.r,
+            num_steps=last.steps.astype(jnp.int32),
+            code=last.code.astype(jnp.int32),
             curvature=curvature,
             target=target,
             largest=last.largest,
         )
-        return last.x, accept_fixed_budget(info, self.rtol, self.atol)
+        return carry.x, accept_fixed_budget(info, self.rtol, self.atol)
 
 
 def preconditioned(
@@ -184,13 +196,34 @@ def preconditioned(
 class _Carry(NamedTuple):
     x: Tree
     r: Tree
-    p: Tree
-    gamma: Scalar
-    residual: Scalar
+    direction: Tree  # of the next product; `x` where that is for the residual
+    scalars: Array  # `_Scalars`
+
+
+class _Scalars(NamedTuple):
+    gamma: Scalar  # <r, z>
+    beta: Scalar
     last_true: Scalar  # the residual when it was last recomputed
-    recompute: Array  # whether the next product is for the residual
-    done: Array
-    steps: Array
-    code: Array
+    recompute: Scalar  # 1 where the next product is for the residual
+    done: Scalar
+    steps: Scalar
+    code: Scalar
     curvature: Scalar
     largest: Scalar
+
+
+class _Met(NamedTuple):
+    move: Scalar  # of x along the direction
+    fall: Scalar  # of the residual along its image
+    code: Scalar
+    curvature: Scalar
+    largest: Scalar
+
+
+def _pack(scalars: NamedTuple) -> Array:
+    """Scalars as one vector: XLA would make a kernel of each, which costs more than a small product."""
+    return jax.lax.optimization_barrier(jnp.stack(list(scalars)))
+
+
+def _unpack(kind: Any, vector: Array) -> Any:
+    return kind(*[vector[i] for i in range(len(kind._fields))])
