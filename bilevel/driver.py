@@ -23,7 +23,7 @@ from bilevel.progress import Progress
 from bilevel.result import Best, BilevelError, History, Result, RunState, join, record
 from hypergrad import AbstractEngine, BilevelProblem, Hypergradient
 from hypergrad.base import Solver
-from solvers import Status, tree
+from solvers import Solved, Status, tree
 from solvers.optax_solver import optax_init, optax_update
 from solvers.static_function import StaticFunction
 from solvers.types import Tree
@@ -92,6 +92,8 @@ def run(
     engine, solver = resolved(engine, solver, problem, lam, w, key)
     engine = validation.engine(engine)
     solver = validation.solver(solver, engine, problem)
+    if isinstance(solver, Solved):
+        raise ValueError("solver=Solved() takes no step, but in run the solution has to follow lam.")
     key = jax.random.key(0) if key is None else key
     lam = validation.variables("lam", lam)
     w = validation.start(problem, w, lam, key)

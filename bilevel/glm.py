@@ -145,8 +145,10 @@ def _preconditioner(kind: str, w: Array, lam: Array, batch: Batch) -> Callable[[
     f = _predict(w, batch).reshape(-1, n)
     classes = f.shape[0]
     curve = lambda direction: _curve(kind, f, jnp.broadcast_to(direction[:, None], (classes, n)))
-    mean = jnp.mean(jax.vmap(curve)(jnp.eye(classes, dtype=w.dtype)), axis=2)
-    _, basis = jnp.linalg.eigh(mean)
+    basis = jnp.eye(classes, dtype=w.dtype)
+    if classes > 1:
+        mean = jnp.mean(jax.vmap(curve)(basis), axis=2)
+        _, basis = jnp.linalg.eigh(mean)
     weights = jax.vmap(lambda u: u @ curve(u))(basis.T) / n  # (classes, n)
     penalties = jnp.square(basis.T) @ _like(w, lam).reshape(classes, d)
 

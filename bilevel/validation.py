@@ -115,7 +115,7 @@ def solver(value: Any, engine: AbstractEngine, problem: BilevelProblem) -> Solve
         if engine.through_steps and not value.unrollable:
             raise ValueError(
                 f"{name} differentiates through the inner solver's steps, and "
-                f"{type(value).__name__} has a line search that it cannot pass. Use "
+                f"{type(value).__name__} has none, or a line search that it cannot pass. Use "
                 "GradientDescent, ProximalGradient or OptaxSolver, or the engine Implicit."
             )
     elif not callable(value) or isinstance(value, type):

@@ -23,6 +23,7 @@ from solvers.linear import (
 from solvers.newton import Newton
 from solvers.optax_solver import OptaxSolver
 from solvers.proximal import ProximalGradient
+from solvers.solved import Solved
 from solvers.status import Status
 from solvers.types import Objective, Sampler, SolveInfo
 
@@ -32,6 +33,7 @@ SOLVERS = {
     "lbfgs": LBFGS,
     "newton": Newton,
     "proximalgradient": ProximalGradient,
+    "solved": Solved,
 }
 """Inner solvers that need no argument, by their registry name: the lower-case class name."""
 
@@ -61,6 +63,7 @@ __all__ = [
     "ProximalGradient",
     "Sampler",
     "SolveInfo",
+    "Solved",
     "Status",
     "prox",
 ]

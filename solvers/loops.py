@@ -28,7 +28,9 @@ def solve(
     With minibatches that change from step to step there is no residual to stop at: the whole budget
     is run. Reverse mode does not go through this loop.
     """
-    if sampler.varies and solver.minibatches:
+    if solver.max_steps == 0:
+        num_steps, tol = jnp.int32(0), tolerance(solver, w)
+    elif sampler.varies and solver.minibatches:
         w, state = run_steps(solver, objective, w, state, sampler, solver.max_steps)
         num_steps, tol = jnp.int32(solver.max_steps), jnp.zeros(())
     else:

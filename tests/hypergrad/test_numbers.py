@@ -60,6 +60,7 @@ NUMBERS |= {
     },
     bl.FixedPoint: {"tol": (1e-8, 1e-9)},
     bl.LBFGS: {"tol": (1e-8, 1e-9)},
+    bl.Solved: {"tol": (1e-8, 1e-9)},
     bl.Newton: {"tol": (1e-8, 1e-9)},
     bl.OptaxSolver: {"tol": (1e-8, 1e-9)},
     bl.JaxoptSolver: {"tol": (1e-8, 1e-9)},
