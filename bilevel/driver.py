@@ -93,7 +93,9 @@ def run(
     engine = validation.engine(engine)
     solver = validation.solver(solver, engine, problem)
     if isinstance(solver, Solved):
-        raise ValueError("solver=Solved() takes no step, but in run the solution has to follow lam.")
+        raise ValueError(
+            "solver=Solved() takes no step, but in run the solution has to follow lam."
+        )
     key = jax.random.key(0) if key is None else key
     lam = validation.variables("lam", lam)
     w = validation.start(problem, w, lam, key)

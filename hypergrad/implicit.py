@@ -19,7 +19,7 @@ from hypergrad.base import (
 from hypergrad.derivatives import cross_vjp, linearized_map, outer_value_and_grads
 from hypergrad.estimate import with_estimate
 from hypergrad.nonsmooth import fixed_point, margin, step_size
-from hypergrad.warm_start import newton_start
+from hypergrad.warm_start import extrapolated_start, newton_start
 from solvers import CG, GMRES, AbstractLinearSolver, LinearInfo, Status, status, tree
 from solvers.fields import Number, cast, number, static
 from solvers.gradient import linearized_hvp
@@ -60,7 +60,9 @@ class Implicit(AbstractEngine):
     The inner solver continues from the last `w` and state, the linear solver from the last adjoint.
     `warm_start="newton"` takes a Newton step for the new `lam` first, where that lowers the residual: the tangent
     of the solution path. It pays for inner solvers that take many steps (`ProximalGradient`,
-    `GradientDescent`); its products are counted in `adjoint_steps`.
+    `GradientDescent`); its products are counted in `adjoint_steps`. `warm_start="extrapolated"` continues the
+    secant of the last two solutions instead, where that lowers the residual: as near while `lam` moves steadily, and
+    free of products.
     With a batch size, the adjoint system and the residual use one inner batch per outer step.
 
     `estimate`: True, False, or None for "in `hypergradient`, and at the end of a chunk in `run`".
@@ -86,9 +88,10 @@ class Implicit(AbstractEngine):
             raise ValueError(
                 f"Implicit(damping=...) must be a number or 'auto', got {self.damping!r}."
             )
-        if self.warm_start not in ("last", "newton"):
+        if self.warm_start not in ("last", "newton", "extrapolated"):
             raise ValueError(
-                f"Implicit(warm_start=...) must be 'last' or 'newton', got {self.warm_start!r}."
+                "Implicit(warm_start=...) must be 'last', 'newton' or 'extrapolated', got "
+                f"{self.warm_start!r}."
             )
 
     def init(
@@ -96,7 +99,7 @@ class Implicit(AbstractEngine):
     ) -> "_State":
         batch = problem.inner_sampler(key)(0)
         inner = make_solver(solver, lam).init(problem.inner_objective(lam), w, batch)
-        return _State(inner, tree.zeros_like(w))
+        return _State(inner, tree.zeros_like(w), self._remembered(w))
 
     def step(
         self,
@@ -117,8 +120,10 @@ class Implicit(AbstractEngine):
         linear = default if self.linear_solver is None else self.linear_solver
         linear_key = jax.random.fold_in(key, 2)
         extra = jnp.int32(0)
+        settled, last = solver.settled(state.inner), w
+        if self.warm_start == "extrapolated":
+            w = extrapolated_start(problem, settled, w, state.previous, lam, batch)
         if self.warm_start == "newton":
-            settled = solver.settled(state.inner)
             w, extra = newton_start(problem, settled, linear, w, lam, batch, linear_key)
         inner_state = solver.restart(objective, w, state.inner, batch)
         w, inner_state, inner = solve(solver, objective, w, inner_state, sampler)
@@ -174,7 +179,7 @@ class Implicit(AbstractEngine):
             damping=damping,
             margin=distance,
         )
-        h, state = Hypergradient(grad, w, info), _State(inner_state, q)
+        h, state = Hypergradient(grad, w, info), _State(inner_state, q, self._remembered(last))
         if self.refine:
             h = with_estimate(
                 problem, solver, self, lam, h, state, key, refine=True, rtol=self.refine_rtol
@@ -188,6 +193,9 @@ class Implicit(AbstractEngine):
         negative = ritz[0] < -100 * tree.epsilon(w) * jnp.max(jnp.abs(ritz))
         return jnp.where(negative, -2 * ritz[0], jnp.zeros_like(ritz[0]))
 
+    def _remembered(self, w: Tree) -> Tree | None:
+        return w if self.warm_start == "extrapolated" else None
+
     def adjoint(self, state: "_State") -> Tree:
         return state.adjoint
 
@@ -195,3 +203,4 @@ class Implicit(AbstractEngine):
 class _State(NamedTuple):
     inner: Any
     adjoint: Tree
+    previous: Tree | None  # where the last inner solve started, for the secant

@@ -47,6 +47,35 @@ def newton_start(
         state = linear.init(product, w, key)
         change, info = linear.solve(product, tree.scale(-1.0, residual), zero, state, key)
         moved = tree.add(w, change)
+    return _nearer(problem, solver, w, moved, lam, batch), info.num_steps
+
+
+def extrapolated_start(
+    problem: BilevelProblem,
+    solver: AbstractInnerSolver,
+    w: Tree,
+    previous: Tree,
+    lam: Tree,
+    batch: Any,
+) -> Tree:
+    """`w + (w - previous)`, the last two solutions continued along their secant, where its residual is lower.
+
+    As near as the tangent where `lam` moves on as it did, for two evaluations of the optimality map.
+    """
+    moved = tree.axpy(2.0, w, tree.scale(-1.0, previous))
+    return _nearer(problem, solver, w, moved, lam, batch)
+
+
+def _nearer(
+    problem: BilevelProblem,
+    solver: AbstractInnerSolver,
+    w: Tree,
+    moved: Tree,
+    lam: Tree,
+    batch: Any,
+) -> Tree:
+    """`moved` where its residual is lower, else `w`."""
+    objective = problem.inner_objective(lam)
     norm = lambda w: tree.norm(solver.optimality(objective, w, batch))
     before, after = jax.lax.map(norm, jax.tree.map(lambda *x: jnp.stack(x), w, moved))
-    return tree.where(after < before, moved, w), info.num_steps  # False for NaN
+    return tree.where(after < before, moved, w)  # False for NaN

@@ -1,4 +1,4 @@
-"""`Implicit(warm_start="newton")`: where inner solves start."""
+"""`Implicit(warm_start=...)`: where inner solves start."""
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +7,7 @@ import optax
 import pytest
 
 import bilevel as bl
-from hypergrad.warm_start import newton_start
+from hypergrad.warm_start import extrapolated_start, newton_start
 
 KEY = jax.random.key(0)
 
@@ -40,15 +40,17 @@ def test_the_error_of_the_start_is_of_second_order(seed):
         )
     )
     w = at(0.05)
-    errors, last = [], []
+    errors = {"last": [], "newton": [], "extrapolated": []}
     for move in (0.01, 0.005):
-        moved, products = start(problem, solver, w, 0.05 + move)
-        errors.append(np.linalg.norm(moved - at(0.05 + move)))
-        last.append(np.linalg.norm(w - at(0.05 + move)))
+        lam = 0.05 + move
+        moved, products = start(problem, solver, w, lam)
         assert int(products) > 0
-    assert errors[0] < 0.2 * last[0]
-    np.testing.assert_allclose(errors[0] / errors[1], 4, rtol=0.3)
-    np.testing.assert_allclose(last[0] / last[1], 2, rtol=0.2)
+        secant = extrapolated_start(problem, solver, w, at(0.05 - move), lam, problem.inner_data)
+        for found, point in zip(errors.values(), (w, moved, secant), strict=True):
+            found.append(np.linalg.norm(point - at(lam)))
+    for name, order in {"last": 2, "newton": 4, "extrapolated": 4}.items():
+        assert order == 2 or errors[name][0] < 0.3 * errors["last"][0]
+        np.testing.assert_allclose(errors[name][0] / errors[name][1], order, rtol=0.3)
 
 
 def test_the_lasso_path_is_followed_exactly(seed):
@@ -85,22 +87,32 @@ def test_a_fixed_point_and_a_step_that_does_not_help(seed):
     flat = bl.Problem(lambda w, lam, batch: jnp.sqrt(1 + w**2), lambda w, lam, batch: w)
     moved, _ = start(flat, bl.LBFGS(), jnp.asarray(2.0), 1.0)
     assert float(moved) == 2.0
+    far = extrapolated_start(flat, bl.LBFGS(), jnp.asarray(2.0), jnp.asarray(-1.0), None, None)
+    assert float(far) == 2.0
 
 
 def test_a_run_of_gradient_descent_takes_fewer_steps(seed):
-    result = bl.run(
-        logistic(seed),
-        0.05,
-        jnp.zeros(6),
-        num_steps=4,
-        solver=bl.GradientDescent(0.5, max_steps=3000, tol=1e-6),
-        engine=bl.Implicit(warm_start="newton", estimate=False),
-        outer=optax.adam(0.02),
-        transform=bl.transforms.Exp(),
-    )
-    steps = result.history.inner_steps
-    assert steps[0] > 100 and np.all(steps[1:] < 0.2 * steps[0])
-    # Two systems, with an exact preconditioner.
-    assert np.all(result.history.adjoint_steps == 2)
-    with pytest.raises(ValueError, match="'last' or 'newton'"):
+    found = {}
+    for warm_start in ("last", "newton", "extrapolated"):
+        found[warm_start] = bl.run(
+            logistic(seed),
+            0.05,
+            jnp.zeros(6),
+            num_steps=6,
+            solver=bl.GradientDescent(0.5, max_steps=3000, tol=1e-6),
+            engine=bl.Implicit(warm_start=warm_start, estimate=False),
+            outer=optax.adam(0.02),
+            transform=bl.transforms.Exp(),
+        ).history
+    steps = {name: history.inner_steps for name, history in found.items()}
+    print(steps)
+    assert steps["last"][0] > 100
+    assert np.all(steps["newton"][1:] < 0.2 * steps["last"][0])
+    # The first secant goes through the start, which is no solution.
+    np.testing.assert_array_equal(steps["extrapolated"][:2], steps["last"][:2])
+    assert np.all(steps["extrapolated"][2:] < 0.7 * steps["last"][2:])
+    # Two systems, with an exact preconditioner; else one.
+    products = [history.adjoint_steps for history in found.values()]
+    np.testing.assert_array_equal(products, [[1] * 6, [2] * 6, [1] * 6])
+    with pytest.raises(ValueError, match="'last', 'newton' or 'extrapolated'"):
         bl.Implicit(warm_start="tangent")
