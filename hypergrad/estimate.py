@@ -153,7 +153,6 @@ def assess(
     q = tree.zeros_like(w) if adjoint is None else adjoint
     tight = 1e-10 if eps < 1e-10 else 1e-5
     rtol = jnp.asarray(tight if adjoint is None else rtol, dtype)
-    # Below its rounding error a residual need not lie in the range of a singular Hessian.
     rounding = rounding_level(hypergradient.info.inner.value, w).astype(dtype)
 
     def solve(w: Tree, second: Array) -> tuple[Tree, LinearInfo]:
@@ -165,11 +164,12 @@ def assess(
             hvp = product
         _, c, _ = outer_value_and_grads(problem, w, lam, outer_batch)
         defect = tree.axpy(-1.0, transposed(q), c)
-        atol = jnp.where(second, 10 * eps * tree.norm(c).astype(dtype), rounding)
+        atol = jnp.where(second, 10 * eps * tree.norm(c).astype(dtype), jnp.zeros((), dtype))
         system = CG(rtol=rtol, atol=atol) if symmetric else GMRES(rtol=rtol, atol=atol)
         b = tree.where(second, defect, tree.scale(-1.0, residual))
         system = preconditioned(system, objective, w, inner_batch)
-        return system.solve(hvp, b, tree.zeros_like(w), None, jax.random.key(0))
+        solved = system.solve(hvp, b, tree.zeros_like(w), None, jax.random.key(0))
+        return _or_rounding(*solved, ~second & (tree.norm(b) <= rounding))
 
     def correct(carry: tuple[Tree, Tree], second: Array) -> tuple[tuple[Tree, Tree], LinearInfo]:
         w, _ = carry
@@ -219,10 +219,11 @@ def assess_nonsmooth(
         _, c, _ = outer_value_and_grads(problem, carry.w, lam, outer_batch)
         b = at.project(tree.where(second, c, at.newton_rhs()))
         b = tree.axpy(-second.astype(size.dtype), at.product(y), b)
-        floor = jnp.where(second, 10 * eps * tree.norm(c).astype(size.dtype), rounding)
-        x, info = CG(rtol=rtol, atol=floor).solve(
+        atol = jnp.where(second, 10 * eps * tree.norm(c), 0).astype(size.dtype)
+        solved = CG(rtol=rtol, atol=atol).solve(
             at.product, b, tree.zeros_like(w), None, jax.random.key(0)
         )
+        x, info = _or_rounding(*solved, ~second & (tree.norm(b) <= rounding))
         # Whether the tangent of the prox here gives its value at the last point: no kink in between.
         back = tree.sub(carry.v, at.v)
         left = tree.sub(carry.mapped, tree.add(at.mapped, at.project(back)))
@@ -239,6 +240,14 @@ def assess_nonsmooth(
     value = hypergradient.info.outer_value
     corrected = value + tree.vdot(u, first.defect).astype(value.dtype)
     return _verdict(better, grad, corrected, both, ritz, last.crossed, eps)
+
+
+def _or_rounding(x: Tree, info: LinearInfo, small: Array) -> tuple[Tree, LinearInfo]:
+    """A right-hand side that may be rounding error need not lie in a singular Hessian's range: then no step."""
+    unsolved = (info.status == Status.BREAKDOWN) | (info.status == Status.MAX_STEPS)
+    dropped = small & unsolved
+    kept = info._replace(status=jnp.where(dropped, jnp.int32(Status.OK), info.status))
+    return tree.where(dropped, tree.zeros_like(x), x), kept
 
 
 class _Newton(NamedTuple):

@@ -35,8 +35,47 @@ def solve(
         num_steps, tol = jnp.int32(solver.max_steps), jnp.zeros(())
     else:
         tol = tolerance(solver, w)
-        w, state, num_steps = run_until(solver, objective, w, state, sampler(0), stop_level(tol, w))
+        w, state, num_steps = _run_while_useful(solver, objective, w, state, sampler(0), tol)
     return w, state, judge(solver.settled(state), objective, w, sampler(0), num_steps, tol)
+
+
+ROUND = 100
+"""Steps between two looks at whether a solve still gains on its rounding error."""
+
+
+def _run_while_useful(
+    solver: AbstractInnerSolver,
+    objective: ObjectiveFn,
+    w: Tree,
+    state: Any,
+    batch: Any,
+    tol: Scalar,
+) -> tuple[Tree, Any, Array]:
+    """`run_until`, ended too where a round of steps below the rounding level gained less than a tenth.
+
+    Else a tolerance that the precision does not allow would take the whole budget, at each solve.
+    """
+    level = stop_level(tol, w)
+    if solver.max_steps <= ROUND:
+        return run_until(solver, objective, w, state, batch, level)
+
+    def is_going(carry: tuple[Tree, Any, Array, Array]) -> Array:
+        _, state, steps, stuck = carry
+        return is_open(state, steps, level, solver.max_steps) & ~stuck
+
+    def body(carry: tuple[Tree, Any, Array, Array]) -> tuple[Tree, Any, Array, Array]:
+        w, before, steps, _ = carry
+        budget = jnp.minimum(solver.max_steps - steps, ROUND)
+        w, state, taken = run_until(solver, objective, w, before, batch, level, budget)
+        floor = rounding_level(objective(w, batch), w).astype(state.residual.dtype)
+        gained = state.residual < 0.9 * before.residual
+        stuck = ~gained & (state.residual <= floor) & (tol > 0)
+        return w, state, steps + taken, stuck
+
+    w, state, steps, _ = jax.lax.while_loop(
+        is_going, body, (w, state, jnp.int32(0), jnp.asarray(False))
+    )
+    return w, state, steps
 
 
 def stop_level(tol: Scalar, w: Tree) -> Scalar:

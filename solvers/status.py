@@ -21,7 +21,7 @@ _ADVICE = {
     Status.OK: "converged.",
     Status.MAX_STEPS: (
         "the step budget ran out before the tolerance was met, so the hypergradient belongs to an "
-        "unconverged solve. Try a larger `max_steps` (inner or linear solver), a looser `tol`/`rtol`, "
+        "unconverged solve. Try a larger `max_steps` (inner or linear solver) or `rank`, a looser `tol`/`rtol`, "
         "or `tol=0` if a fixed budget is what you want; `info.error_estimate` says how wrong it may be. "
         "With an `inner_prox` it is also said where the inner error reaches a kink of the prox "
         "(`info.margin`): solve tighter; where that changes nothing, the solution is on the kink and has "

@@ -19,7 +19,8 @@ class Nystrom(AbstractLinearSolver):
 
     `A_k = (A Q) (Q' A Q)^+ (A Q)'` with `k = rank` random orthonormal columns `Q`; exact up to the damping
     where the rank of `A` is at most k. The start is not used. The approximate inverse is what was asked
-    for, so what is left of `A x = b` does not change the status: `residual` says it. Directions outside
+    for, so what is left of `A x = b`, which is `residual`, does not change the status as long as it is less than
+    `x = 0` leaves; else MAX_STEPS. Directions outside
     the approximation are divided by `damping`, an absolute number to be chosen near the eigenvalues
     that are left out.
 
@@ -60,7 +61,7 @@ class Nystrom(AbstractLinearSolver):
             num_steps=jnp.where(b_norm > 0, steps, jnp.int32(0)),
             code=jnp.where(negative, jnp.int32(Status.INDEFINITE), jnp.int32(Status.OK)),
             curvature=state.smallest,
-            target=jnp.full_like(b_norm, jnp.inf),
+            target=b_norm,
             largest=state.largest,
         )
         return x, info
