@@ -13,6 +13,7 @@ from jax import Array
 from jax.sharding import Mesh
 
 from bilevel import lane_choice, sharding, transforms, validation
+from bilevel import retries as retrying
 from bilevel.calls import can_estimate, engine_step, estimated, init_engine
 from bilevel.checkpoint import Saved, opened
 from bilevel.choice import resolved
@@ -44,6 +45,7 @@ def run(
     estimate_every: int | None = None,
     outer_tol: float = 0.0,
     patience: int | None = None,
+    retries: int = 0,
     progress: bool | None = None,
     callback: Callable[[RunState, History], Any] | None = None,
     state: RunState | None = None,
@@ -67,6 +69,9 @@ def run(
         least is one for each chunk. The last step always gets one.
       outer_tol: stop where the hypergradient's 2-norm (natural scale) is at most this, after a chunk.
       patience: stop after this many steps without a new best outer value.
+      retries: so many times in all, a step with one of the statuses below sends the run half of its last
+        step back, with all further steps half as long, instead of ending it: with a warning, and
+        counted in `result.retries`. For optax rules. An uneventful run has the same bits.
       progress: show the step, the outer value, the gradient norm and the time left on standard error
         after each chunk: one live line on a terminal where rich is installed, else plain lines. None
         does so where standard error is a terminal.
@@ -83,7 +88,7 @@ def run(
       throw: raise BilevelError at the end of a chunk for NONFINITE, INDEFINITE, BREAKDOWN or DIVERGED,
         and after the last step where it ended with MAX_STEPS.
 
-    A step with one of the first four statuses stops the run, and does not move `lam`. Ctrl-C returns
+    A step with one of the first four statuses does not move `lam`, and stops the run. Ctrl-C returns
     (and saves) the chunks that are done.
 
     Raises TypeError or ValueError for bad input, before any compute.
@@ -108,11 +113,17 @@ def run(
     outer = optax.adam(1e-1) if outer is None else outer
     if isinstance(outer, OuterMethod):
         check(problem, solver, engine)
+        if retries:
+            raise TypeError(
+                "retries=... halves the steps of an optax rule; an outer method has none."
+            )
     elif not isinstance(outer, optax.GradientTransformation):
         raise TypeError(
             "outer must be an optax rule such as optax.adam(1e-1) or an outer method such as "
             f"bilevel.Adaptive(), got {outer!r}."
         )
+    elif _count("retries", retries, 0):
+        outer = retrying.shortening(outer)
     scales = transforms.broadcast(transform, lam)
     transforms.check_domain(scales, lam)
     validation.losses(problem, w, lam)
@@ -155,6 +166,7 @@ def run(
                     state, buffer, taken = _chunk(engine, *args)
                     rows = jax.tree.map(lambda leaf, n=int(taken): np.asarray(leaf)[:n], buffer)
                     done += int(taken)
+                    state = retrying.again(problem, scales, state, retries)
                     at_estimate = done if estimate else saved.estimated
                     # One assignment: Ctrl-C never sees half a chunk.
                     saved = Saved(state, (*pieces, rows), begin, at_estimate)
@@ -183,6 +195,7 @@ def run(
         state=state,
         best=state.best,
         stopped=stopped,
+        retries=retrying.used(state),
     )
     if throw and worst != Status.OK:
         raise BilevelError(worst, f"run: outer step {begin + len(history.status) - 1}", result)

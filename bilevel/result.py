@@ -87,6 +87,8 @@ class Result:
     stopped: str
     """Why the run ended: "num_steps", "outer_tol", "patience", "callback", "status", "interrupted" (Ctrl-C) or
     "terminated" (SIGTERM)."""
+    retries: int = 0
+    """How often a failed step was tried again (`run(retries=...)`); `history.status` says which."""
 
     def __repr__(self) -> str:
         steps = len(self.history.outer_value)
