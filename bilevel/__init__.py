@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from bilevel.driver import run
     from bilevel.footprint import Memory
     from bilevel.gradient import choose_lanes, hypergradient, memory, truncation
+    from bilevel.log import scalars
     from bilevel.outer import HOAG, MAID, Adaptive
     from bilevel.problem import Problem
     from bilevel.result import BilevelError, History, Result, RunState
@@ -153,6 +154,7 @@ __all__ = [
     "optimality",
     "prox",
     "run",
+    "scalars",
     "schedules",
     "transforms",
     "truncation",
@@ -164,6 +166,7 @@ _HOMES = {
     "bilevel.driver": {"run"},
     "bilevel.footprint": {"Memory"},
     "bilevel.gradient": {"choose_lanes", "hypergradient", "memory", "truncation"},
+    "bilevel.log": {"scalars"},
     "bilevel.outer": {"HOAG", "MAID", "Adaptive"},
     "bilevel.problem": {"Problem"},
     "bilevel.result": {"BilevelError", "History", "Result", "RunState"},

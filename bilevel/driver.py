@@ -18,9 +18,10 @@ from bilevel.calls import can_estimate, engine_step, estimated, init_engine
 from bilevel.checkpoint import Saved, opened
 from bilevel.choice import resolved
 from bilevel.footprint import fitted
+from bilevel.log import Log
 from bilevel.outer.base import Evaluation, OuterMethod, at_accuracy, check
 from bilevel.problem import shuffled
-from bilevel.progress import Progress
+from bilevel.progress import Progress, work
 from bilevel.result import Best, BilevelError, History, Result, RunState, join, record
 from hypergrad import AbstractEngine, BilevelProblem, Hypergradient
 from hypergrad.base import Solver
@@ -48,6 +49,7 @@ def run(
     retries: int = 0,
     progress: bool | None = None,
     callback: Callable[[RunState, History], Any] | None = None,
+    log: str | os.PathLike[str] | None = None,
     state: RunState | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
     resume: bool = False,
@@ -72,10 +74,12 @@ def run(
       retries: so many times in all, a step with one of the statuses below sends the run half of its last
         step back, with all further steps half as long, instead of ending it: with a warning, and
         counted in `result.retries`. For optax rules. An uneventful run has the same bits.
-      progress: show the step, the outer value, the gradient norm and the time left on standard error
-        after each chunk: one live line on a terminal where rich is installed, else plain lines. None
-        does so where standard error is a terminal.
+      progress: show the step, the outer value, the hypergradient's norm and error, inner and adjoint steps
+        and the time left on standard error after each chunk: one live line on a terminal where rich is
+        installed, else plain lines. None does so where standard error is a terminal.
       callback: called as `callback(state, history_of_the_chunk)` after each chunk; a true result stops.
+      log: file that gets the history while the run goes on, a line of JSON for each step; with `resume`,
+        the lines that are there are gone on with, and no step comes twice.
       state: `result.state` of an earlier run to go on from; `lam` and `w` then only give the shapes.
       checkpoint: directory that gets the whole state and history after chunks (the last few are kept, and a
         save is put off where it would take more than a twentieth of the time). SIGTERM then ends the
@@ -104,12 +108,14 @@ def run(
         raise TypeError(
             "run works from Python, between compiled chunks: do not call it inside jit."
         )
-    num_steps = _count("num_steps", num_steps, 0)
-    chunk = min(max(num_steps // 10, 1), 100) if chunk is None else _count("chunk", chunk, 1)
+    num_steps = validation.count("num_steps", num_steps, 0)
+    chunk = (
+        min(max(num_steps // 10, 1), 100) if chunk is None else validation.count("chunk", chunk, 1)
+    )
     if estimate_every is not None:
-        estimate_every = _count("estimate_every", estimate_every, 1)
+        estimate_every = validation.count("estimate_every", estimate_every, 1)
     if patience is not None:
-        patience = _count("patience", patience, 1)
+        patience = validation.count("patience", patience, 1)
     outer = optax.adam(1e-1) if outer is None else outer
     if isinstance(outer, OuterMethod):
         check(problem, solver, engine)
@@ -122,7 +128,7 @@ def run(
             "outer must be an optax rule such as optax.adam(1e-1) or an outer method such as "
             f"bilevel.Adaptive(), got {outer!r}."
         )
-    elif _count("retries", retries, 0):
+    elif validation.count("retries", retries, 0):
         outer = retrying.shortening(outer)
     scales = transforms.broadcast(transform, lam)
     transforms.check_domain(scales, lam)
@@ -132,7 +138,7 @@ def run(
 
     rule = outer if isinstance(outer, OuterMethod) else StaticFunction(outer)
     stopped = "num_steps"
-    with opened(checkpoint, resume, data=problem, key=key) as store:
+    with opened(checkpoint, resume, data=problem, key=key) as store, Log(log) as journal:
         problem = shuffled(problem, key)
         start = (problem, solver, engine, rule, scales, w, lam, key)
         like = eqx.filter_eval_shape(_first_state, *start) if state is None else state
@@ -142,6 +148,7 @@ def run(
             state = _first_state(*start) if state is None else state
             saved = Saved(state, (), int(state.step), 0)
         begin = saved.begin
+        journal.start(begin, saved.history, resume)
         try:
             with Progress(progress, num_steps) as bar:
                 while True:
@@ -172,9 +179,11 @@ def run(
                     saved = Saved(state, (*pieces, rows), begin, at_estimate)
                     if store is not None:
                         store.save(saved)
-                    bar.update(done, float(rows.outer_value[-1]), float(rows.grad_norm[-1]))
-                    failed = int(state.worst) > Status.MAX_STEPS
-                    if callback is not None and not failed and callback(state, rows):
+                    journal.write(begin + done, rows)
+                    reached = float(rows.outer_value[-1]), float(rows.grad_norm[-1])
+                    bar.update(done, *reached, work(rows))
+                    stop = callback is not None and callback(state, rows)
+                    if stop and int(state.worst) <= Status.MAX_STEPS:
                         stopped = "callback"
                         break
         except KeyboardInterrupt:
@@ -214,14 +223,6 @@ def _verdict(
         return "outer_tol"
     since = int(state.step) - 1 - int(state.best.step)
     return "patience" if patience is not None and since >= patience else ""
-
-
-def _count(name: str, value: Any, low: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int | np.integer):
-        raise TypeError(f"{name} must be an integer, got {value!r}.")
-    if value < low:
-        raise ValueError(f"{name} must be at least {low}, got {value}.")
-    return int(value)
 
 
 @eqx.filter_jit
