@@ -59,9 +59,26 @@ class Store:
         self.directory = directory
         self.identity = identity
         self.terminated = False
+        self.notes: dict[str, Any] = {}
+        """What was settled by measurement, and has to be the same after a break."""
         self._due: Saved | None = None
         self._last: Saved | None = None
         self._cost, self._ended = 0.0, -np.inf
+        self._found: tuple[list[str], Any] | None = None
+
+    def look(self) -> None:
+        """Read the newest checkpoint that can be read, for its notes and for `load`."""
+        reasons: list[str] = []
+        self._found = (reasons, None)
+        for path in self.files():
+            try:
+                meta, arrays = _read(path)
+            except ValueError as error:
+                reasons.append(f"{path.name}: {error}")
+                continue
+            self.notes |= meta.get("notes", {})
+            self._found = (reasons, (path, meta, arrays))
+            return
 
     def files(self) -> list[Path]:
         """Checkpoints, newest first."""
@@ -74,13 +91,12 @@ class Store:
         The arguments give structure, shapes and dtypes. Raises ValueError for those of another problem,
         and where no file can be read.
         """
-        reasons = []
-        for path in self.files():
-            try:
-                meta, arrays = _read(path)
-            except ValueError as error:
-                reasons.append(f"{path.name}: {error}")
-                continue
+        if self._found is None:
+            self.look()
+        assert self._found is not None
+        (reasons, newest), self._found = self._found, None  # the arrays are large
+        if newest is not None:
+            path, meta, arrays = newest
             saved = self._restore(path, meta, arrays, state, history)
             if reasons:
                 warnings.warn(
@@ -154,6 +170,7 @@ class Store:
             "leaves": _describe(tree),
             "keys": [str(jax.random.key_impl(x)) if _is_key(x) else "" for x in leaves],
             "identity": self.identity,
+            "notes": self.notes,
             "begin": saved.begin,
             "estimated": saved.estimated,
         }
@@ -214,6 +231,7 @@ def opened(directory: Any, resume: bool, **identity: Any) -> Iterator[Store | No
                 f"{str(folder)!r} holds checkpoints of an earlier run (up to {files[0].name}); expected "
                 "resume=True to go on with it, or another directory."
             )
+        store.look()
         stack.callback(store.finish)
         stack.enter_context(_on_sigterm(store))
         yield store

@@ -134,11 +134,14 @@ def run(
     transforms.check_domain(scales, lam)
     validation.losses(problem, w, lam)
     w, (lam, key) = sharding.by_task(problem, w), sharding.on_all(problem, (lam, key))
-    problem = lane_choice.settled(engine, problem, solver, w, lam, key)
 
     rule = outer if isinstance(outer, OuterMethod) else StaticFunction(outer)
     stopped = "num_steps"
     with opened(checkpoint, resume, data=problem, key=key) as store, Log(log) as journal:
+        notes = None if store is None else store.notes
+        problem = lane_choice.settled(engine, problem, solver, w, lam, key, notes)
+        notes = None if store is None else store.notes
+        problem = lane_choice.settled(engine, problem, solver, w, lam, key, notes)
         problem = shuffled(problem, key)
         start = (problem, solver, engine, rule, scales, w, lam, key)
         like = eqx.filter_eval_shape(_first_state, *start) if state is None else state

@@ -20,8 +20,19 @@ CANDIDATES = (1, 4, 8, 16, 32)
 """And all tasks of a device."""
 
 
-def settled(engine: Any, problem: Any, solver: Any, w: Any, lam: Any, key: Any) -> Any:
-    """The problem; where it has `lanes="auto"`, with the number that is fastest."""
+def settled(
+    engine: Any,
+    problem: Any,
+    solver: Any,
+    w: Any,
+    lam: Any,
+    key: Any,
+    notes: dict[str, Any] | None = None,
+) -> Any:
+    """The problem; where it has `lanes="auto"`, with the number that is fastest.
+
+    Or with the one in `notes`, which else gets it: results differ by rounding between numbers of lanes.
+    """
     if not isinstance(problem, Tasks) or problem.lanes != "auto":
         return problem
     if is_traced(problem, solver, engine, w, lam, key):
@@ -29,7 +40,10 @@ def settled(engine: Any, problem: Any, solver: Any, w: Any, lam: Any, key: Any) 
             "lanes='auto' measures, which cannot be done inside jit, vmap or grad: pass "
             "lanes=bilevel.choose_lanes(...)."
         )
-    return dataclasses.replace(problem, lanes=measured(engine, problem, solver, w, lam, key))
+    notes = {} if notes is None else notes
+    if "lanes" not in notes:
+        notes["lanes"] = measured(engine, problem, solver, w, lam, key)
+    return dataclasses.replace(problem, lanes=int(notes["lanes"]))
 
 
 def measured(engine: Any, problem: Any, solver: Any, w: Any, lam: Any, key: Any) -> int:
