@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from bilevel.log import scalars
     from bilevel.outer import HOAG, MAID, Adaptive
     from bilevel.problem import Problem
+    from bilevel.processes import gather
     from bilevel.result import BilevelError, History, Result, RunState
     from bilevel.tasks import Tasks
     from hypergrad import (
@@ -147,6 +148,7 @@ __all__ = [
     "check",
     "choose",
     "choose_lanes",
+    "gather",
     "glm",
     "hypergradient",
     "implicit",
@@ -169,6 +171,7 @@ _HOMES = {
     "bilevel.log": {"scalars"},
     "bilevel.outer": {"HOAG", "MAID", "Adaptive"},
     "bilevel.problem": {"Problem"},
+    "bilevel.processes": {"gather"},
     "bilevel.result": {"BilevelError", "History", "Result", "RunState"},
     "bilevel.tasks": {"Tasks"},
     "hypergrad": {

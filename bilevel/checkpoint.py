@@ -19,6 +19,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bilevel import processes
+from bilevel.processes import Team
 from bilevel.result import History, RunState, join
 from bilevel.tuning.files import load_arrays
 from bilevel.tuning.output import put, versions
@@ -55,8 +57,9 @@ class Store:
     slack = 20
     """Time between saves over the time of one."""
 
-    def __init__(self, directory: Path, identity: dict[str, str]) -> None:
+    def __init__(self, directory: Path, identity: dict[str, str], team: Team) -> None:
         self.directory = directory
+        self.team = team
         self.identity = identity
         self.terminated = False
         self.notes: dict[str, Any] = {}
@@ -78,7 +81,13 @@ class Store:
                 continue
             self.notes |= meta.get("notes", {})
             self._found = (reasons, (path, meta, arrays))
-            return
+            break
+        newest = self._found[1]
+        if not self.team.same(-1 if newest is None else int(newest[0].stem[5:])):
+            raise ValueError(
+                f"processes see different checkpoints in {str(self.directory)!r}; expected a directory that "
+                "they share."
+            )
 
     def files(self) -> list[Path]:
         """Checkpoints, newest first."""
@@ -152,15 +161,16 @@ class Store:
         if not saved.history or saved is self._last:
             return
         self._due = self._last = saved
-        if time.perf_counter() - self._ended >= self.slack * self._cost:
+        if self.team.chosen(time.perf_counter() - self._ended >= self.slack * self._cost):
             self.finish()
 
     def finish(self) -> None:
         """Write what is due. A failure (a full disk) is a warning: older checkpoints are not touched."""
-        if self._due is None:
+        if not self.team.anywhere(self._due is not None):
             return
         started = time.perf_counter()
-        saved = self._due
+        saved = self._last
+        assert saved is not None
         step = int(saved.state.step)
         tree = (saved.state, join(saved.history, saved.history[0]))
         leaves = jax.tree.leaves(tree)
@@ -174,8 +184,11 @@ class Store:
             "begin": saved.begin,
             "estimated": saved.estimated,
         }
-        arrays = {f"leaf_{i}": _to_host(leaf) for i, leaf in enumerate(leaves)}
+        arrays = {f"leaf_{i}": processes.whole(leaf) for i, leaf in enumerate(leaves)}
         arrays["meta"] = np.asarray(json.dumps(meta))
+        if not self.team.first:
+            self._due = None
+            return
         # NumPy's stub takes any `**arrays` for its boolean option `allow_pickle`.
         write = lambda file: np.savez(file, **arrays)  # type: ignore[arg-type]
         try:
@@ -196,10 +209,13 @@ class Store:
 
 
 @contextlib.contextmanager
-def opened(directory: Any, resume: bool, **identity: Any) -> Iterator[Store | None]:
+def opened(
+    directory: Any, resume: bool, team: Team | None = None, **identity: Any
+) -> Iterator[Store | None]:
     """The store of a run, None without a directory.
 
-    Leaving it, also by an exception, writes what is due. Until then SIGTERM only sets `terminated`.
+    Leaving it, also by an exception, writes what is due. Until then SIGTERM only sets `terminated`. Of several
+    processes the first writes, and all of them read, in a directory that they share.
     Raises ValueError where the directory cannot be written, is in use, or, unless `resume`, holds
     checkpoints.
     """
@@ -208,23 +224,17 @@ def opened(directory: Any, resume: bool, **identity: Any) -> Iterator[Store | No
             raise ValueError("resume=True needs checkpoint=..., the directory to resume from.")
         yield None
         return
-    folder = Path(directory)
+    folder, team = Path(directory), team or Team()
     with contextlib.ExitStack() as stack:
+        refusal = None
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            lock = stack.enter_context(open(folder / "lock", "a+"))
-            _lock(folder, lock)
-            # The only sure test of a writable directory is to write.
-            with tempfile.NamedTemporaryFile(dir=folder, prefix=".bilevel-"):
-                pass
-            for path in folder.glob(".bilevel-*"):  # of a save that was killed
-                path.unlink()
-        except OSError as error:
-            raise ValueError(
-                f"cannot write checkpoints to {str(folder)!r} ({error.strerror}); expected a writable "
-                "directory."
-            ) from error
-        store = Store(folder, {name: _digest(value) for name, value in identity.items()})
+            if team.first:
+                _prepare(folder, stack)
+        except ValueError as error:
+            refusal = error
+        if team.anywhere(refusal is not None):
+            raise refusal or ValueError(f"the first process cannot write to {str(folder)!r}.")
+        store = Store(folder, {name: _digest(value) for name, value in identity.items()}, team)
         files = store.files()
         if files and not resume:
             raise ValueError(
@@ -232,9 +242,31 @@ def opened(directory: Any, resume: bool, **identity: Any) -> Iterator[Store | No
                 "resume=True to go on with it, or another directory."
             )
         store.look()
-        stack.callback(store.finish)
+
+        def leave(kind: Any, *_: Any) -> None:
+            if kind is None or not team.several:  # arrays are gathered by all processes or none
+                store.finish()
+
+        stack.push(leave)
         stack.enter_context(_on_sigterm(store))
         yield store
+
+
+def _prepare(folder: Path, stack: contextlib.ExitStack) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = stack.enter_context((folder / "lock").open("a+"))
+        _lock(folder, lock)
+        # The only sure test of a writable directory is to write.
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".bilevel-"):
+            pass
+        for path in folder.glob(".bilevel-*"):  # of a save that was killed
+            path.unlink()
+    except OSError as error:
+        raise ValueError(
+            f"cannot write checkpoints to {str(folder)!r} ({error.strerror}); expected a writable "
+            "directory."
+        ) from error
 
 
 def _lock(folder: Path, lock: Any) -> None:
@@ -307,10 +339,6 @@ def _is_key(leaf: Any) -> bool:
     return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
-def _to_host(leaf: Any) -> np.ndarray:
-    return np.asarray(jax.random.key_data(leaf) if _is_key(leaf) else leaf)
-
-
 def _from_host(array: np.ndarray, like: Any, impl: str) -> Any:
     if impl:
         return jax.random.wrap_key_data(jnp.asarray(array), impl=impl)
@@ -322,7 +350,7 @@ def _digest(tree: Any) -> str:
     """Of shapes, dtypes and values of all arrays."""
     found = hashlib.blake2b(digest_size=16)
     for leaf in jax.tree.leaves(eqx.filter(tree, eqx.is_array)):
-        array = _to_host(leaf)
+        array = processes.whole(leaf)
         found.update(f"{leaf.dtype}{leaf.shape}".encode())
         found.update(array.tobytes())
     return found.hexdigest()

@@ -1,7 +1,7 @@
 """The outer loop: chunks of outer steps, each one call of one compiled program."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
@@ -12,7 +12,7 @@ import optax
 from jax import Array
 from jax.sharding import Mesh
 
-from bilevel import lane_choice, sharding, transforms, validation
+from bilevel import lane_choice, processes, sharding, transforms, validation
 from bilevel import retries as retrying
 from bilevel.calls import can_estimate, engine_step, estimated, init_engine
 from bilevel.checkpoint import Saved, opened
@@ -22,7 +22,16 @@ from bilevel.log import Log
 from bilevel.outer.base import Evaluation, OuterMethod, at_accuracy, check
 from bilevel.problem import shuffled
 from bilevel.progress import Progress, work
-from bilevel.result import Best, BilevelError, History, Result, RunState, join, record
+from bilevel.result import (
+    Best,
+    BilevelError,
+    History,
+    Result,
+    RunState,
+    join,
+    record,
+    verdict,
+)
 from hypergrad import AbstractEngine, BilevelProblem, Hypergradient
 from hypergrad.base import Solver
 from solvers import Status, tree
@@ -137,7 +146,12 @@ def run(
 
     rule = outer if isinstance(outer, OuterMethod) else StaticFunction(outer)
     stopped = "num_steps"
-    with opened(checkpoint, resume, data=problem, key=key) as store, Log(log) as journal:
+    team = processes.team(getattr(problem, "mesh", None))
+    first = team.first
+    with (
+        opened(checkpoint, resume, team, data=problem, key=key) as store,
+        Log(log if first else None) as journal,
+    ):
         notes = None if store is None else store.notes
         problem = lane_choice.settled(engine, problem, solver, w, lam, key, notes)
         notes = None if store is None else store.notes
@@ -153,16 +167,16 @@ def run(
         begin = saved.begin
         journal.start(begin, saved.history, resume)
         try:
-            with Progress(progress, num_steps) as bar:
+            with Progress(progress if first else False, num_steps) as bar:
                 while True:
                     state, pieces = saved.state, saved.history
                     done = sum(len(rows.status) for rows in pieces)
-                    if why := _verdict(state, pieces, outer_tol, patience):
+                    if why := verdict(state, pieces, outer_tol, patience):
                         stopped = why
                         break
                     if done >= num_steps:
                         break
-                    if store is not None and store.terminated:
+                    if store is not None and team.anywhere(store.terminated):
                         stopped = "terminated"
                         break
                     length = min(chunk, num_steps - done)
@@ -185,11 +199,13 @@ def run(
                     journal.write(begin + done, rows)
                     reached = float(rows.outer_value[-1]), float(rows.grad_norm[-1])
                     bar.update(done, *reached, work(rows))
-                    stop = callback is not None and callback(state, rows)
-                    if stop and int(state.worst) <= Status.MAX_STEPS:
+                    stop = callback is not None and bool(callback(state, rows))
+                    if team.anywhere(stop) and int(state.worst) <= Status.MAX_STEPS:
                         stopped = "callback"
                         break
         except KeyboardInterrupt:
+            if team.several:  # the others may be in the middle of a chunk
+                raise
             stopped = "interrupted"
             if store is not None:
                 store.save(saved)
@@ -212,20 +228,6 @@ def run(
     if throw and worst != Status.OK:
         raise BilevelError(worst, f"run: outer step {begin + len(history.status) - 1}", result)
     return result
-
-
-def _verdict(
-    state: RunState, pieces: Sequence[History], outer_tol: float, patience: int | None
-) -> str:
-    """Why a run ends at this state; empty where it goes on."""
-    if int(state.worst) > Status.MAX_STEPS:
-        return "status"
-    if not pieces:
-        return ""
-    if float(pieces[-1].grad_norm[-1]) <= outer_tol:
-        return "outer_tol"
-    since = int(state.step) - 1 - int(state.best.step)
-    return "patience" if patience is not None and since >= patience else ""
 
 
 @eqx.filter_jit

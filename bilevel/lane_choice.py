@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from bilevel import processes
 from bilevel.calls import engine_step, init_engine
 from bilevel.footprint import signature
 from bilevel.tasks import Tasks
@@ -58,11 +59,13 @@ def measured(engine: Any, problem: Any, solver: Any, w: Any, lam: Any, key: Any)
         if len(_chosen) >= 256:
             _chosen.pop(next(iter(_chosen)))
 
+        team = processes.team(problem.mesh)
+
         def seconds(lanes: int) -> float:
             tasks: Any = dataclasses.replace(problem, lanes=lanes)
             state = init_engine(tasks, solver, engine, w, lam, key)
             args = (tasks, solver, engine, w, lam, state, key, jnp.int32(0))
-            return _seconds(lambda: engine_step(*args))
+            return team.chosen(_seconds(lambda: engine_step(*args)))
 
         here = problem.count // (1 if problem.mesh is None else problem.mesh.size)
         few = [lanes for lanes in CANDIDATES if lanes < here]

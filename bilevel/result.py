@@ -122,3 +122,17 @@ def join(pieces: Sequence[History], empty: History) -> History:
     if not pieces:
         return jax.tree.map(lambda leaf: np.zeros((0,), jnp.result_type(leaf)), empty)
     return jax.tree.map(lambda *parts: np.concatenate(parts), *pieces)
+
+
+def verdict(
+    state: RunState, pieces: Sequence[History], outer_tol: float, patience: int | None
+) -> str:
+    """Why a run ends at this state; empty where it goes on."""
+    if int(state.worst) > Status.MAX_STEPS:
+        return "status"
+    if not pieces:
+        return ""
+    if float(pieces[-1].grad_norm[-1]) <= outer_tol:
+        return "outer_tol"
+    since = int(state.step) - 1 - int(state.best.step)
+    return "patience" if patience is not None and since >= patience else ""
