@@ -67,7 +67,9 @@ def measured(engine: Any, problem: Any, solver: Any, w: Any, lam: Any, key: Any)
             args = (tasks, solver, engine, w, lam, state, key, jnp.int32(0))
             return team.chosen(_seconds(lambda: engine_step(*args)))
 
-        here = problem.count // (1 if problem.mesh is None else problem.mesh.size)
+        here = (problem.per_step or problem.count) // (
+            1 if problem.mesh is None else problem.mesh.size
+        )
         few = [lanes for lanes in CANDIDATES if lanes < here]
         rising = jax.default_backend() == "cpu"
         _chosen[name] = fastest([*few, here] if rising else [here, *reversed(few)], seconds)

@@ -1,5 +1,6 @@
 """Many inner problems under one outer variable: folds, tasks of meta-learning, blocks, restarts."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -9,12 +10,14 @@ import jax.numpy as jnp
 from jax import Array
 from jax.sharding import Mesh, PartitionSpec
 
-from bilevel.problem import Loss, Problem, as_arrays
+from bilevel.draws import check_draws, draw
+from bilevel.one_task import Shared, Task
+from bilevel.problem import Problem, as_arrays
 from hypergrad import AbstractEngine, Hypergradient, HypergradInfo
 from hypergrad.base import Solver, make_solver
 from hypergrad.certificate import implied
 from hypergrad.estimate import with_estimate
-from solvers import AbstractInnerSolver, Mapping, Objective, Sampler, SolveInfo, tree
+from solvers import AbstractInnerSolver, SolveInfo, tree
 from solvers.fields import unchecked
 from solvers.lanes import solve_many
 from solvers.types import Tree
@@ -38,17 +41,25 @@ class Tasks(eqx.Module):
         inner problems are solved on lanes that load the next one when they are done (engines `Implicit`,
         `OneStep` and `Exact`, all rows at once), and the rest goes `lanes` at a time. "auto" takes what
         `bilevel.choose_lanes` measures: once per process for one problem, its shapes and settings.
+      per_step: tasks that an outer step takes, drawn anew from the key of the step (`drawn`); None is all. The
+        others keep what they have. Value and hypergradient are unbiased estimates of those of all tasks, and
+        `info.tasks` has the tasks drawn, in their order.
+      weights: (number of tasks,), positive: draw in proportion to them, with replacement, and divide what a
+        task adds by its probability. None draws uniformly, without replacement.
       mesh: as in `run(mesh=...)`, which sets it: tasks are spread over its devices, each with `lanes` of its own.
 
     Cost: that of the engine, per task. Memory: `w` and the engine's state per task; what a step works with,
-    `lanes` times.
+    `lanes` times; hypergradients of tasks are added up as they come, also `lanes` at a time.
 
-    Raises TypeError or ValueError for data without a common first axis and for lanes below 1.
+    Raises TypeError or ValueError for data without a common first axis, for lanes below 1, for `per_step` that
+    is not from 1 to the number of tasks, and for weights that are not positive.
     """
 
     problem: Problem
     task_data: Any
     lanes: int | str | None = eqx.field(static=True, default=None, kw_only=True)
+    per_step: int | None = eqx.field(static=True, default=None, kw_only=True)
+    weights: Any = eqx.field(default=None, kw_only=True)
     mesh: Mesh | None = eqx.field(static=True, default=None, kw_only=True)
 
     def __post_init__(self) -> None:
@@ -69,6 +80,7 @@ class Tasks(eqx.Module):
                 )
             if lanes < 1:
                 raise ValueError(f"Tasks(lanes=...) must be at least 1, got {lanes}.")
+        check_draws(self)
         if self.mesh is not None and self.count % self.mesh.size:
             raise ValueError(
                 f"{self.count} tasks do not divide among the {self.mesh.size} devices of the mesh; "
@@ -118,24 +130,31 @@ class Tasks(eqx.Module):
         one = lambda data, w, key: engine.init(self.task(data), solver, w, lam, key)
         return self._map(one, self.task_data, w, self._keys(key))
 
+    def drawn(self, key: Array) -> Array:
+        """The tasks of the step with this key, which in `run` is `jax.random.fold_in(key, step)`."""
+        return jnp.arange(self.count) if self.per_step is None else draw(self, key)
+
     def step(
         self, engine: AbstractEngine, solver: Solver, w: Tree, lam: Tree, state: Any, key: Array
     ) -> tuple[Hypergradient, Any]:
         """The engine's step on each task; the hypergradient is the mean of theirs."""
+        if self.per_step is not None:
+            part = self._part(key)
+            h, own = part.step(engine, solver, part.rows(w), lam, part.rows(state), key)
+            return h._replace(w=part.put(w, h.w)), part.put(state, own)
         taken = jnp.zeros(self.count, jnp.int32)
         if self._refills(engine, solver):
             w, state, taken = self._solve(solver, w, lam, state)
             solver = unchecked(solver, max_steps=0)  # the budget is spent
 
-        def one(data: Any, w: Tree, state: Any, key: Array):
+        def one(data: Any, w: Tree, state: Any, key: Array, factor: Array | None):
             h, state = engine.step(self.task(data), solver, w, lam, state, key)
-            return h, tree.norm(h.grad), state
+            return _times(factor, h.grad), (h.w, h.info, tree.norm(h.grad), state)
 
-        each, norms, state = self._map(one, self.task_data, w, state, self._keys(key))
-        inner = each.info.inner
-        info = each.info._replace(inner=inner._replace(num_steps=inner.num_steps + taken))
-        grad = jax.tree.map(lambda leaf: jnp.mean(leaf, axis=0), each.grad)
-        return Hypergradient(grad, each.w, _together(info, norms, tree.norm(grad))), state
+        rows = (self.task_data, w, state, self._keys(key), self._factors())
+        grad, (w, info, norms, state) = self._add_up(one, *rows)
+        info = info._replace(inner=info.inner._replace(num_steps=info.inner.num_steps + taken))
+        return Hypergradient(grad, w, self._together(info, norms, tree.norm(grad))), state
 
     def estimate(
         self,
@@ -147,7 +166,11 @@ class Tasks(eqx.Module):
         key: Array,
     ) -> Hypergradient:
         """`hypergrad.estimate.with_estimate` of the mean."""
-
+        if self.per_step is not None:
+            part = self._part(key)
+            own = h._replace(w=part.rows(h.w))
+            own = part.estimate(engine, solver, lam, own, part.rows(state), key)
+            return own._replace(w=h.w)
         smooth = self.inner_prox is None
 
         def one(data: Any, w: Tree, info: HypergradInfo, state: Any, key: Array):
@@ -167,7 +190,11 @@ class Tasks(eqx.Module):
         rows = (self.task_data, h.w, h.info.tasks, state, self._keys(key))
         better, made, norms, each = self._map(one, *rows)
         size = tree.norm(h.grad)
-        mean = lambda rows: jax.tree.map(lambda leaf: jnp.mean(leaf, axis=0), rows)
+        factors = self._factors()
+        mean = lambda rows: jax.tree.map(
+            lambda leaf: jnp.mean(leaf, axis=0),
+            rows if factors is None else jax.vmap(_times)(factors, rows),
+        )
         relative = lambda other: (
             tree.norm(tree.sub(other, h.grad)) / jnp.maximum(size, _tiny(size))
         ).astype(each.error_estimate.dtype)
@@ -176,7 +203,7 @@ class Tasks(eqx.Module):
         has_adjoint = smooth and engine.adjoint(state) is not None
         if not (has_adjoint and engine.needs_implicit):  # not the step's own gradient was judged
             each = each._replace(error_estimate=h.info.tasks.error_estimate)
-        info = _together(each, norms, size)
+        info = self._together(each, norms, size)
         return h._replace(
             info=info._replace(
                 error_estimate=jnp.where(unknown, jnp.nan, error),
@@ -185,8 +212,29 @@ class Tasks(eqx.Module):
             )
         )
 
+    def _part(self, key: Array) -> "Part":
+        rows = self.drawn(key)
+        names = (field.name for field in dataclasses.fields(self))
+        fields = {name: getattr(self, name) for name in names}
+        fields |= {"task_data": _take(self.task_data, rows), "per_step": None, "weights": None}
+        factors = None
+        if self.weights is not None:
+            chances = self.weights / jnp.sum(self.weights)
+            factors = 1 / (self.count * chances[rows])
+        return Part(**fields, numbers=rows, factors=factors)
+
+    def _numbers(self) -> Array:
+        return jnp.arange(self.count)
+
+    def _factors(self) -> Array | None:
+        """What each task counts in the mean; None is the same."""
+        return None
+
+    def _together(self, each: HypergradInfo, norms: Array, norm: Array) -> HypergradInfo:
+        return _together(each, norms, norm, self._factors())
+
     def _keys(self, key: Array) -> Array:
-        return jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(self.count))
+        return jax.vmap(lambda i: jax.random.fold_in(key, i))(self._numbers())
 
     def _lanes(self) -> int:
         """Of each device."""
@@ -210,6 +258,35 @@ class Tasks(eqx.Module):
 
         return self._on_devices(here)(*rows)
 
+    def _add_up(self, fn: Callable[..., Any], *rows: Any) -> tuple[Any, Any]:
+        """`fn(*row) -> (x, y)`: the mean of x, added up a few tasks at a time, and the stacked y."""
+        lanes = self._lanes()
+
+        def group(rows: Any) -> tuple[Any, Any]:
+            x, y = jax.vmap(fn)(*rows)
+            return jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0), x), y
+
+        def here(*rows: Any) -> tuple[Any, Any]:
+            count = jax.tree.leaves(rows)[0].shape[0]
+            whole = count // lanes * lanes
+            split = lambda leaf: leaf[:whole].reshape(-1, lanes, *leaf.shape[1:])
+            if lanes == count:
+                total, y = group(rows)
+            elif lanes == 1:
+                step = lambda total, row: _added(total, *fn(*row))
+                total, y = jax.lax.scan(step, _zeros(fn, rows), rows)
+            else:
+                step = lambda total, rows: _added(total, *group(rows))
+                total, y = jax.lax.scan(step, _zeros(fn, rows), jax.tree.map(split, rows))
+                y = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), y)
+                if whole < count:
+                    total, rest = _added(total, *group(jax.tree.map(lambda x: x[whole:], rows)))
+                    y = jax.tree.map(lambda *parts: jnp.concatenate(parts), y, rest)
+            return jax.tree.map(lambda leaf: leaf[None], total), y
+
+        totals, y = self._on_devices(here)(*rows)
+        return jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0) / self.count, totals), y
+
     def _on_devices(self, fn: Callable[..., Any]) -> Callable[..., Any]:
         """`fn(*rows) -> rows` on each device's own tasks: loops of one device wait for no other."""
         if self.mesh is None:
@@ -227,7 +304,7 @@ class Tasks(eqx.Module):
 
     def _solve(self, solver: Any, w: Tree, lam: Tree, state: Any) -> tuple[Tree, Any, Array]:
         """Inner solves on refilled lanes: the engine's own then find nothing left to do."""
-        objective = _Shared(self.problem.inner_objective(lam), self.problem.inner_data)
+        objective = Shared(self.problem.inner_objective(lam), self.problem.inner_data)
 
         def here(w: Tree, data: Any, own: Any) -> tuple[Tree, Any, Array]:
             lanes = self._lanes()
@@ -239,94 +316,67 @@ class Tasks(eqx.Module):
         return w, state if own is None else state._replace(inner=own), taken
 
 
-class Task(eqx.Module):
-    """The problem of one task, for an engine."""
+class Part(Tasks):
+    """The tasks of one step. Each has the key, and so the batches, that it has among all of them."""
 
-    problem: Problem
-    data: Any
-    inner: Loss = eqx.field(static=True)
-    outer: Loss = eqx.field(static=True)
+    numbers: Any = eqx.field(default=None, kw_only=True)
+    factors: Any = eqx.field(default=None, kw_only=True)
 
-    def __init__(self, problem: Problem, data: Any) -> None:
-        self.problem, self.data = problem, data
-        self.inner, self.outer = problem.inner, problem.outer
+    def _numbers(self) -> Array:
+        return self.numbers
 
-    def __getattr__(self, name: str) -> Any:
-        if name in ("inner_init", "inner_hvp", "inner_prox", "constants"):
-            return getattr(self.problem, name)
-        raise AttributeError(name)
+    def _factors(self) -> Array | None:
+        return self.factors
 
-    def inner_objective(self, lam: Tree) -> Objective:
-        return self.problem.inner_objective(lam)
+    def rows(self, tree: Any) -> Any:
+        """Those of these tasks."""
+        return _take(tree, self.numbers)
 
-    def inner_sampler(self, key: Array) -> Sampler:
-        shared = self.problem.inner_sampler(key)
-        return Sampler(lambda step: _pair(shared(step), self.data), shared.varies)
-
-    def outer_batch(self, key: Array) -> Any:
-        return _pair(self.problem.outer_batch(key), self.data)
-
-    def start(self, w: Tree, lam: Tree, batch: Any) -> Tree:
-        return self.problem.start(w, lam, batch)
+    def put(self, tree: Any, rows: Any) -> Any:
+        """The tree of all tasks with the new rows of these."""
+        return jax.tree.map(lambda leaf, new: leaf.at[self.numbers].set(new), tree, rows)
 
 
-class _Shared(eqx.Module):
-    """The inner objective of a task's slice; the shared data are not copied."""
-
-    objective: Objective
-    data: Any
-
-    def __call__(self, w: Tree, task: Any) -> Array:
-        return self.objective(w, _pair(self.data, task))
-
-    @property
-    def args(self) -> Any:
-        return self.objective.args
-
-    def _of_slice(self, own: Any) -> Any:
-        """A function `(w, args, batch, ...)` of the objective as one of the slice; None stays None."""
-        return own and (lambda w, args, task, *v: own(w, args, _pair(self.data, task), *v))
-
-    @property
-    def fn(self) -> Any:
-        own = self.objective.fn
-        slice_of = self._of_slice
-        return Mapping(slice_of(own.mapping)) if isinstance(own, Mapping) else slice_of(own)
-
-    @property
-    def hvp(self) -> Any:
-        return self._of_slice(self.objective.hvp)
-
-    @property
-    def preconditioner(self) -> Any:
-        return self._of_slice(self.objective.preconditioner)
-
-    @property
-    def prox(self) -> Any:
-        return self.objective.prox
+def _take(tree: Any, rows: Array) -> Any:
+    return jax.tree.map(lambda leaf: leaf[rows], tree)
 
 
-def _pair(shared: Any, task: Any) -> Any:
-    return task if shared is None else (shared, task)
+def _times(factor: Array | None, tree: Any) -> Any:
+    if factor is None:
+        return tree
+    return jax.tree.map(lambda leaf: factor.astype(leaf.dtype) * leaf, tree)
+
+
+def _added(total: Any, x: Any, y: Any) -> tuple[Any, Any]:
+    return tree.add(total, x), y
+
+
+def _zeros(fn: Callable[..., Any], rows: Any) -> Any:
+    first = jax.eval_shape(fn, *jax.tree.map(lambda leaf: leaf[0], rows))[0]
+    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), first)
 
 
 def _tiny(norm: Array) -> float:
     return float(jnp.finfo(norm.dtype).tiny) ** 0.5
 
 
-def _together(each: HypergradInfo, norms: Array, norm: Array) -> HypergradInfo:
+def _together(
+    each: HypergradInfo, norms: Array, norm: Array, factors: Array | None = None
+) -> HypergradInfo:
     """One report from those of the tasks; `norms` are those of the hypergradients errors are relative to.
 
-    NaN in one task is NaN here, but for the margin, where it says that there is no kink.
+    NaN in one task is NaN here, but for the margin, where it says that there is no kink. `factors` are
+    what each task counts in means of values and hypergradients.
     """
     tiny = _tiny(norm)  # errors are relative to no less
-    weights = jnp.maximum(norms, tiny) / jnp.maximum(norm, tiny)
+    weights = _times(factors, jnp.maximum(norms, tiny)) / jnp.maximum(norm, tiny)
+    mean = lambda values: jnp.mean(_times(factors, values))
     weights = weights.astype(each.error_estimate.dtype)
     total = lambda steps: jnp.sum(steps, dtype=jnp.int32)
     return HypergradInfo(
-        outer_value=jnp.mean(each.outer_value),
+        outer_value=mean(each.outer_value),
         inner=SolveInfo(
-            value=jnp.mean(each.inner.value),
+            value=mean(each.inner.value),
             residual=jnp.max(each.inner.residual),
             num_steps=total(each.inner.num_steps),
             status=jnp.max(each.inner.status),
@@ -337,7 +387,7 @@ def _together(each: HypergradInfo, norms: Array, norm: Array) -> HypergradInfo:
         # By the triangle inequality.
         error_estimate=jnp.mean(weights * each.error_estimate),
         bound=jnp.mean(weights.astype(each.bound.dtype) * each.bound),
-        corrected_value=jnp.mean(each.corrected_value),
+        corrected_value=mean(each.corrected_value),
         damping=jnp.max(each.damping),
         margin=jnp.nanmin(each.margin),
         growth=jnp.max(each.growth),

@@ -1,0 +1,52 @@
+"""Which tasks a step takes."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.core import Tracer
+
+
+def check_draws(tasks: Any) -> None:
+    """Raise TypeError or ValueError for settings of `Tasks` that cannot be drawn by."""
+    per_step, weights, count = tasks.per_step, tasks.weights, tasks.count
+    if per_step is None:
+        if weights is not None:
+            raise ValueError(
+                "Tasks(weights=...) says how to draw tasks: expected per_step=... too."
+            )
+        return
+    if isinstance(per_step, bool) or not isinstance(per_step, int | np.integer):
+        raise TypeError(f"Tasks(per_step=...) must be an integer or None, got {per_step!r}.")
+    if not 1 <= per_step <= count:
+        raise ValueError(
+            f"Tasks(per_step=...) must be from 1 to the number of tasks, {count}; got {per_step}."
+        )
+    if tasks.mesh is not None:
+        raise ValueError(
+            "tasks drawn for a step lie on any device: expected per_step=None with a mesh, or no mesh."
+        )
+    if weights is None or isinstance(weights, Tracer):
+        return
+    found = np.asarray(weights)
+    if found.shape != (count,) or found.dtype.kind not in "iuf":
+        raise ValueError(
+            f"Tasks(weights=...) must be one number for each of the {count} tasks, got shape {found.shape}."
+        )
+    if not (np.isfinite(found).all() and (found > 0).all()):
+        raise ValueError(
+            "Tasks(weights=...) must be positive: a task that is never drawn would be missing in the mean."
+        )
+    tasks.weights = jnp.asarray(found, jnp.result_type(float))
+
+
+def draw(tasks: Any, key: Array) -> Array:
+    """Numbers of the tasks, (per_step,). The key's other uses fold in numbers of tasks, which are smaller."""
+    key = jax.random.fold_in(key, np.uint32(2**32 - 1))
+    chances = tasks.weights
+    if chances is None:
+        return jax.random.choice(key, tasks.count, (tasks.per_step,), replace=False)
+    chances = chances / jnp.sum(chances)
+    return jax.random.choice(key, tasks.count, (tasks.per_step,), p=chances)
