@@ -340,6 +340,8 @@ def _is_key(leaf: Any) -> bool:
 
 
 def _from_host(array: np.ndarray, like: Any, impl: str) -> Any:
+    if isinstance(like, np.ndarray):  # of a pool, which stays in the host's memory
+        return array if array.dtype == like.dtype else array.view(like.dtype)
     if impl:
         return jax.random.wrap_key_data(jnp.asarray(array), impl=impl)
     # npz gives dtypes that NumPy does not have (bfloat16) back as bytes.
@@ -349,7 +351,7 @@ def _from_host(array: np.ndarray, like: Any, impl: str) -> Any:
 def _digest(tree: Any) -> str:
     """Of shapes, dtypes and values of all arrays."""
     found = hashlib.blake2b(digest_size=16)
-    for leaf in jax.tree.leaves(eqx.filter(tree, eqx.is_array)):
+    for leaf in jax.tree.leaves(eqx.filter(tree, lambda x: isinstance(x, jax.Array | np.ndarray))):
         array = processes.whole(leaf)
         found.update(f"{leaf.dtype}{leaf.shape}".encode())
         found.update(array.tobytes())

@@ -11,7 +11,14 @@ from jax.core import Tracer
 
 def check_draws(tasks: Any) -> None:
     """Raise TypeError or ValueError for settings of `Tasks` that cannot be drawn by."""
-    per_step, weights, count = tasks.per_step, tasks.weights, tasks.count
+    per_step, weights, count = tasks.per_step, tasks.weights, tasks.total
+    if tasks.pool not in (None, "host"):
+        raise ValueError(f"Tasks(pool=...) must be 'host' or None, got {tasks.pool!r}.")
+    if tasks.pool is not None and (per_step is None or tasks.lanes == "auto"):
+        raise ValueError(
+            "Tasks(pool='host') loads the tasks that are drawn: expected per_step=..., and a number of lanes "
+            "or None."
+        )
     if per_step is None:
         if weights is not None:
             raise ValueError(
@@ -42,11 +49,15 @@ def check_draws(tasks: Any) -> None:
     tasks.weights = jnp.asarray(found, jnp.result_type(float))
 
 
-def draw(tasks: Any, key: Array) -> Array:
+def draw(count: int, per_step: int, weights: Any, key: Array) -> Array:
     """Numbers of the tasks, (per_step,). The key's other uses fold in numbers of tasks, which are smaller."""
     key = jax.random.fold_in(key, np.uint32(2**32 - 1))
-    chances = tasks.weights
-    if chances is None:
-        return jax.random.choice(key, tasks.count, (tasks.per_step,), replace=False)
-    chances = chances / jnp.sum(chances)
-    return jax.random.choice(key, tasks.count, (tasks.per_step,), p=chances)
+    if weights is None:
+        return jax.random.choice(key, count, (per_step,), replace=False)
+    return jax.random.choice(key, count, (per_step,), p=weights / jnp.sum(weights))
+
+
+def draw_steps(count: int, per_step: int, weights: Any, key: Array, first: Array, steps: int):
+    """Of the steps from `first` on, (steps, per_step)."""
+    one = lambda step: draw(count, per_step, weights, jax.random.fold_in(key, step))
+    return jax.vmap(one)(first + jnp.arange(steps, dtype=jnp.int32))

@@ -20,6 +20,7 @@ from bilevel.choice import resolved
 from bilevel.footprint import fitted
 from bilevel.log import Log
 from bilevel.outer.base import Evaluation, OuterMethod, at_accuracy, check
+from bilevel.pool import with_pool
 from bilevel.problem import shuffled
 from bilevel.progress import Progress, work
 from bilevel.result import (
@@ -40,6 +41,7 @@ from solvers.static_function import StaticFunction
 from solvers.types import Tree
 
 
+@with_pool
 def run(
     problem: BilevelProblem,
     lam: Tree,

@@ -1,23 +1,24 @@
 """Many inner problems under one outer variable: folds, tasks of meta-learning, blocks, restarts."""
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.sharding import Mesh, PartitionSpec
 
 from bilevel.draws import check_draws, draw
 from bilevel.one_task import Shared, Task
 from bilevel.problem import Problem, as_arrays
+from bilevel.task_report import times, tiny_norm, together
 from hypergrad import AbstractEngine, Hypergradient, HypergradInfo
 from hypergrad.base import Solver, make_solver
 from hypergrad.certificate import implied
 from hypergrad.estimate import with_estimate
-from solvers import AbstractInnerSolver, SolveInfo, tree
+from solvers import AbstractInnerSolver, tree
 from solvers.fields import unchecked
 from solvers.lanes import solve_many
 from solvers.types import Tree
@@ -46,6 +47,8 @@ class Tasks(eqx.Module):
         `info.tasks` has the tasks drawn, in their order.
       weights: (number of tasks,), positive: draw in proportion to them, with replacement, and divide what a
         task adds by its probability. None draws uniformly, without replacement.
+      pool: "host" keeps data, solutions and states of the tasks in the host's memory, in NumPy; a chunk of `run`
+        loads those that it draws. The numbers are the same.
       mesh: as in `run(mesh=...)`, which sets it: tasks are spread over its devices, each with `lanes` of its own.
 
     Cost: that of the engine, per task. Memory: `w` and the engine's state per task; what a step works with,
@@ -60,12 +63,14 @@ class Tasks(eqx.Module):
     lanes: int | str | None = eqx.field(static=True, default=None, kw_only=True)
     per_step: int | None = eqx.field(static=True, default=None, kw_only=True)
     weights: Any = eqx.field(default=None, kw_only=True)
+    pool: str | None = eqx.field(static=True, default=None, kw_only=True)
     mesh: Mesh | None = eqx.field(static=True, default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         if not isinstance(self.problem, Problem):
             raise TypeError(f"Tasks(problem=...) must be a bilevel.Problem, got {self.problem!r}.")
-        self.task_data = as_arrays("task_data", self.task_data, of="Tasks")
+        on_device = self.pool is None
+        self.task_data = as_arrays("task_data", self.task_data, of="Tasks", on_device=on_device)
         shapes = [leaf.shape for leaf in jax.tree.leaves(self.task_data)]
         if not shapes or not all(shapes) or len({shape[0] for shape in shapes}) != 1:
             raise ValueError(
@@ -105,6 +110,11 @@ class Tasks(eqx.Module):
         """Number of tasks."""
         return jax.tree.leaves(self.task_data)[0].shape[0]
 
+    @property
+    def total(self) -> int:
+        """Of which these are a part."""
+        return self.count
+
     def task(self, data: Any) -> "Task":
         """The problem of one task."""
         return Task(self.problem, data)
@@ -114,7 +124,8 @@ class Tasks(eqx.Module):
         leaves = jax.tree.leaves(w)
         if all(leaf.ndim > 0 and leaf.shape[0] == self.count for leaf in leaves):
             return w
-        return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (self.count, *leaf.shape)), w)
+        array = jnp if self.pool is None else np
+        return jax.tree.map(lambda leaf: array.broadcast_to(leaf, (self.count, *leaf.shape)), w)
 
     def initial(self, lam: Tree, key: Array) -> Tree:
         """The problem's own start of each task."""
@@ -132,7 +143,9 @@ class Tasks(eqx.Module):
 
     def drawn(self, key: Array) -> Array:
         """The tasks of the step with this key, which in `run` is `jax.random.fold_in(key, step)`."""
-        return jnp.arange(self.count) if self.per_step is None else draw(self, key)
+        if self.per_step is None:
+            return jnp.arange(self.count)
+        return draw(self.total, self.per_step, self.weights, key)
 
     def step(
         self, engine: AbstractEngine, solver: Solver, w: Tree, lam: Tree, state: Any, key: Array
@@ -149,7 +162,7 @@ class Tasks(eqx.Module):
 
         def one(data: Any, w: Tree, state: Any, key: Array, factor: Array | None):
             h, state = engine.step(self.task(data), solver, w, lam, state, key)
-            return _times(factor, h.grad), (h.w, h.info, tree.norm(h.grad), state)
+            return times(factor, h.grad), (h.w, h.info, tree.norm(h.grad), state)
 
         rows = (self.task_data, w, state, self._keys(key), self._factors())
         grad, (w, info, norms, state) = self._add_up(one, *rows)
@@ -193,10 +206,10 @@ class Tasks(eqx.Module):
         factors = self._factors()
         mean = lambda rows: jax.tree.map(
             lambda leaf: jnp.mean(leaf, axis=0),
-            rows if factors is None else jax.vmap(_times)(factors, rows),
+            rows if factors is None else jax.vmap(times)(factors, rows),
         )
         relative = lambda other: (
-            tree.norm(tree.sub(other, h.grad)) / jnp.maximum(size, _tiny(size))
+            tree.norm(tree.sub(other, h.grad)) / jnp.maximum(size, tiny_norm(size))
         ).astype(each.error_estimate.dtype)
         error = jnp.maximum(relative(mean(better)), 10 * tree.epsilon(h.grad))
         unknown = jnp.any(jnp.isnan(each.error_estimate))
@@ -214,14 +227,18 @@ class Tasks(eqx.Module):
 
     def _part(self, key: Array) -> "Part":
         rows = self.drawn(key)
-        names = (field.name for field in dataclasses.fields(self))
-        fields = {name: getattr(self, name) for name in names}
-        fields |= {"task_data": _take(self.task_data, rows), "per_step": None, "weights": None}
+        places = self._places(rows)
+        fields = {name: getattr(self, name) for name in ("problem", "lanes")}
+        fields |= {"task_data": _take(self.task_data, places), "places": places}
         factors = None
         if self.weights is not None:
             chances = self.weights / jnp.sum(self.weights)
-            factors = 1 / (self.count * chances[rows])
+            factors = 1 / (self.total * chances[rows])
         return Part(**fields, numbers=rows, factors=factors)
+
+    def _places(self, numbers: Array) -> Array:
+        """Where in the arrays these tasks are."""
+        return numbers
 
     def _numbers(self) -> Array:
         return jnp.arange(self.count)
@@ -231,7 +248,7 @@ class Tasks(eqx.Module):
         return None
 
     def _together(self, each: HypergradInfo, norms: Array, norm: Array) -> HypergradInfo:
-        return _together(each, norms, norm, self._factors())
+        return together(each, norms, norm, self._factors())
 
     def _keys(self, key: Array) -> Array:
         return jax.vmap(lambda i: jax.random.fold_in(key, i))(self._numbers())
@@ -320,6 +337,7 @@ class Part(Tasks):
     """The tasks of one step. Each has the key, and so the batches, that it has among all of them."""
 
     numbers: Any = eqx.field(default=None, kw_only=True)
+    places: Any = eqx.field(default=None, kw_only=True)
     factors: Any = eqx.field(default=None, kw_only=True)
 
     def _numbers(self) -> Array:
@@ -330,21 +348,33 @@ class Part(Tasks):
 
     def rows(self, tree: Any) -> Any:
         """Those of these tasks."""
-        return _take(tree, self.numbers)
+        return _take(tree, self.places)
 
     def put(self, tree: Any, rows: Any) -> Any:
         """The tree of all tasks with the new rows of these."""
-        return jax.tree.map(lambda leaf, new: leaf.at[self.numbers].set(new), tree, rows)
+        return jax.tree.map(lambda leaf, new: leaf.at[self.places].set(new), tree, rows)
+
+
+class Loaded(Tasks):
+    """Some tasks of a pool, among them all that the steps to come will draw."""
+
+    numbers: Any = eqx.field(default=None, kw_only=True)
+    """Rising."""
+    of: int = eqx.field(static=True, default=0, kw_only=True)
+
+    @property
+    def total(self) -> int:
+        return self.of
+
+    def _numbers(self) -> Array:
+        return self.numbers
+
+    def _places(self, numbers: Array) -> Array:
+        return jnp.searchsorted(self.numbers, numbers)
 
 
 def _take(tree: Any, rows: Array) -> Any:
     return jax.tree.map(lambda leaf: leaf[rows], tree)
-
-
-def _times(factor: Array | None, tree: Any) -> Any:
-    if factor is None:
-        return tree
-    return jax.tree.map(lambda leaf: factor.astype(leaf.dtype) * leaf, tree)
 
 
 def _added(total: Any, x: Any, y: Any) -> tuple[Any, Any]:
@@ -354,43 +384,3 @@ def _added(total: Any, x: Any, y: Any) -> tuple[Any, Any]:
 def _zeros(fn: Callable[..., Any], rows: Any) -> Any:
     first = jax.eval_shape(fn, *jax.tree.map(lambda leaf: leaf[0], rows))[0]
     return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), first)
-
-
-def _tiny(norm: Array) -> float:
-    return float(jnp.finfo(norm.dtype).tiny) ** 0.5
-
-
-def _together(
-    each: HypergradInfo, norms: Array, norm: Array, factors: Array | None = None
-) -> HypergradInfo:
-    """One report from those of the tasks; `norms` are those of the hypergradients errors are relative to.
-
-    NaN in one task is NaN here, but for the margin, where it says that there is no kink. `factors` are
-    what each task counts in means of values and hypergradients.
-    """
-    tiny = _tiny(norm)  # errors are relative to no less
-    weights = _times(factors, jnp.maximum(norms, tiny)) / jnp.maximum(norm, tiny)
-    mean = lambda values: jnp.mean(_times(factors, values))
-    weights = weights.astype(each.error_estimate.dtype)
-    total = lambda steps: jnp.sum(steps, dtype=jnp.int32)
-    return HypergradInfo(
-        outer_value=mean(each.outer_value),
-        inner=SolveInfo(
-            value=mean(each.inner.value),
-            residual=jnp.max(each.inner.residual),
-            num_steps=total(each.inner.num_steps),
-            status=jnp.max(each.inner.status),
-        ),
-        adjoint_residual=jnp.max(each.adjoint_residual),
-        adjoint_steps=total(each.adjoint_steps),
-        curvature=jnp.min(each.curvature),
-        # By the triangle inequality.
-        error_estimate=jnp.mean(weights * each.error_estimate),
-        bound=jnp.mean(weights.astype(each.bound.dtype) * each.bound),
-        corrected_value=mean(each.corrected_value),
-        damping=jnp.max(each.damping),
-        margin=jnp.nanmin(each.margin),
-        growth=jnp.max(each.growth),
-        status=jnp.max(each.status),
-        tasks=each,
-    )

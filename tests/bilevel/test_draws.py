@@ -7,6 +7,7 @@ import optax
 import pytest
 
 import bilevel as bl
+from bilevel import pool
 from bilevel.outer.base import check
 
 COUNT, DIM, LAM = 6, 3, 0.7
@@ -121,6 +122,9 @@ def test_a_run_keeps_every_tasks_own_start(key):
         ({"per_step": None, "weights": WEIGHTS}, ValueError, "expected per_step"),
         ({"per_step": 2, "weights": WEIGHTS[:3]}, ValueError, r"got shape \(3,\)"),
         ({"per_step": 2, "weights": 0 * WEIGHTS}, ValueError, "must be positive"),
+        ({"per_step": 2, "pool": "disk"}, ValueError, "must be 'host' or None, got 'disk'"),
+        ({"per_step": None, "pool": "host"}, ValueError, "expected per_step"),
+        ({"per_step": 2, "pool": "host", "lanes": "auto"}, ValueError, "and a number of lanes"),
     ],
 )
 def test_what_cannot_be_drawn_by_is_refused(change, error, match):
@@ -134,3 +138,42 @@ def test_meshes_and_outer_methods_take_all_tasks():
         bl.hypergradient(tasks(2), LAM, np.zeros(DIM), mesh=mesh)
     with pytest.raises(TypeError, match="compares outer values: expected Tasks.per_step=None"):
         check(tasks(2), bl.LBFGS(), bl.Implicit())
+
+
+def test_a_pool_in_the_hosts_memory_changes_no_number(key, tmp_path):
+    settings = {"solver": bl.GradientDescent(0.2, max_steps=3, tol=0.0), "num_steps": 6, "key": key}
+    settings |= {"engine": bl.Implicit(estimate=False), "outer": optax.sgd(0.5), "chunk": 2}
+    start = np.arange(COUNT * DIM).reshape(COUNT, DIM) / 10
+    run = lambda pool, **kw: bl.run(tasks(2, WEIGHTS, pool=pool), LAM, start, **(settings | kw))
+    expected, found = run(None), run("host")
+    same = lambda a, b: jax.tree.map(lambda *xs: np.testing.assert_allclose(*xs, rtol=1e-12), a, b)
+    same((found.lam, found.w, found.history), (expected.lam, expected.w, expected.history))
+    same(found.state.engine, expected.state.engine)
+    assert all(
+        isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves((found.w, found.state.engine))
+    )
+    assert float(found.best.outer_value) == float(expected.best.outer_value)
+    loads = []
+    taken = pool.take
+
+    def counted(tree, numbers):
+        loads.append(len(numbers))
+        return taken(tree, numbers)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pool, "take", counted)
+        run("host", num_steps=2, checkpoint=tmp_path, log=tmp_path / "log")
+        resumed = run("host", checkpoint=tmp_path, log=tmp_path / "log", resume=True)
+    assert set(loads) == {4}  # two steps of two tasks
+    exact = lambda a, b: jax.tree.map(np.testing.assert_array_equal, a, b)
+    further = run("host", num_steps=3, state=run("host", num_steps=3).state)
+    exact((further.lam, further.w), (found.lam, found.w))
+    exact(
+        (resumed.lam, resumed.w, resumed.history, resumed.state.engine),
+        (found.lam, found.w, found.history, found.state.engine),
+    )
+    assert len((tmp_path / "log").read_text().splitlines()) == 6
+    with pytest.raises(TypeError, match="w is missing: with a pool"):
+        bl.run(tasks(2, pool="host"), LAM)
+    with pytest.raises(ValueError, match="pool of tasks is for bilevel.run"):
+        bl.hypergradient(tasks(2, pool="host"), LAM, start)
