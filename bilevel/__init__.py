@@ -14,8 +14,10 @@ if TYPE_CHECKING:
     from bilevel.driver import run
     from bilevel.footprint import Memory
     from bilevel.gradient import choose_lanes, hypergradient, memory, truncation
+    from bilevel.log import scalars
     from bilevel.outer import HOAG, MAID, Adaptive
     from bilevel.problem import Problem
+    from bilevel.processes import gather
     from bilevel.result import BilevelError, History, Result, RunState
     from bilevel.tasks import Tasks
     from hypergrad import (
@@ -148,6 +150,7 @@ __all__ = [
     "check",
     "choose",
     "choose_lanes",
+    "gather",
     "glm",
     "hypergradient",
     "implicit",
@@ -155,6 +158,7 @@ __all__ = [
     "optimality",
     "prox",
     "run",
+    "scalars",
     "schedules",
     "transforms",
     "truncation",
@@ -166,8 +170,10 @@ _HOMES = {
     "bilevel.driver": {"run"},
     "bilevel.footprint": {"Memory"},
     "bilevel.gradient": {"choose_lanes", "hypergradient", "memory", "truncation"},
+    "bilevel.log": {"scalars"},
     "bilevel.outer": {"HOAG", "MAID", "Adaptive"},
     "bilevel.problem": {"Problem"},
+    "bilevel.processes": {"gather"},
     "bilevel.result": {"BilevelError", "History", "Result", "RunState"},
     "bilevel.tasks": {"Tasks"},
     "hypergrad": {

@@ -19,6 +19,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bilevel import processes
+from bilevel.processes import Team
 from bilevel.result import History, RunState, join
 from bilevel.tuning.files import load_arrays
 from bilevel.tuning.output import put, versions
@@ -55,13 +57,37 @@ class Store:
     slack = 20
     """Time between saves over the time of one."""
 
-    def __init__(self, directory: Path, identity: dict[str, str]) -> None:
+    def __init__(self, directory: Path, identity: dict[str, str], team: Team) -> None:
         self.directory = directory
+        self.team = team
         self.identity = identity
         self.terminated = False
+        self.notes: dict[str, Any] = {}
+        """What was settled by measurement, and has to be the same after a break."""
         self._due: Saved | None = None
         self._last: Saved | None = None
         self._cost, self._ended = 0.0, -np.inf
+        self._found: tuple[list[str], Any] | None = None
+
+    def look(self) -> None:
+        """Read the newest checkpoint that can be read, for its notes and for `load`."""
+        reasons: list[str] = []
+        self._found = (reasons, None)
+        for path in self.files():
+            try:
+                meta, arrays = _read(path)
+            except ValueError as error:
+                reasons.append(f"{path.name}: {error}")
+                continue
+            self.notes |= meta.get("notes", {})
+            self._found = (reasons, (path, meta, arrays))
+            break
+        newest = self._found[1]
+        if not self.team.same(-1 if newest is None else int(newest[0].stem[5:])):
+            raise ValueError(
+                f"processes see different checkpoints in {str(self.directory)!r}; expected a directory that "
+                "they share."
+            )
 
     def files(self) -> list[Path]:
         """Checkpoints, newest first."""
@@ -74,13 +100,12 @@ class Store:
         The arguments give structure, shapes and dtypes. Raises ValueError for those of another problem,
         and where no file can be read.
         """
-        reasons = []
-        for path in self.files():
-            try:
-                meta, arrays = _read(path)
-            except ValueError as error:
-                reasons.append(f"{path.name}: {error}")
-                continue
+        if self._found is None:
+            self.look()
+        assert self._found is not None
+        (reasons, newest), self._found = self._found, None  # the arrays are large
+        if newest is not None:
+            path, meta, arrays = newest
             saved = self._restore(path, meta, arrays, state, history)
             if reasons:
                 warnings.warn(
@@ -136,15 +161,16 @@ class Store:
         if not saved.history or saved is self._last:
             return
         self._due = self._last = saved
-        if time.perf_counter() - self._ended >= self.slack * self._cost:
+        if self.team.chosen(time.perf_counter() - self._ended >= self.slack * self._cost):
             self.finish()
 
     def finish(self) -> None:
         """Write what is due. A failure (a full disk) is a warning: older checkpoints are not touched."""
-        if self._due is None:
+        if not self.team.anywhere(self._due is not None):
             return
         started = time.perf_counter()
-        saved = self._due
+        saved = self._last
+        assert saved is not None
         step = int(saved.state.step)
         tree = (saved.state, join(saved.history, saved.history[0]))
         leaves = jax.tree.leaves(tree)
@@ -154,11 +180,15 @@ class Store:
             "leaves": _describe(tree),
             "keys": [str(jax.random.key_impl(x)) if _is_key(x) else "" for x in leaves],
             "identity": self.identity,
+            "notes": self.notes,
             "begin": saved.begin,
             "estimated": saved.estimated,
         }
-        arrays = {f"leaf_{i}": _to_host(leaf) for i, leaf in enumerate(leaves)}
+        arrays = {f"leaf_{i}": processes.whole(leaf) for i, leaf in enumerate(leaves)}
         arrays["meta"] = np.asarray(json.dumps(meta))
+        if not self.team.first:
+            self._due = None
+            return
         # NumPy's stub takes any `**arrays` for its boolean option `allow_pickle`.
         write = lambda file: np.savez(file, **arrays)  # type: ignore[arg-type]
         try:
@@ -179,10 +209,13 @@ class Store:
 
 
 @contextlib.contextmanager
-def opened(directory: Any, resume: bool, **identity: Any) -> Iterator[Store | None]:
+def opened(
+    directory: Any, resume: bool, team: Team | None = None, **identity: Any
+) -> Iterator[Store | None]:
     """The store of a run, None without a directory.
 
-    Leaving it, also by an exception, writes what is due. Until then SIGTERM only sets `terminated`.
+    Leaving it, also by an exception, writes what is due. Until then SIGTERM only sets `terminated`. Of several
+    processes the first writes, and all of them read, in a directory that they share.
     Raises ValueError where the directory cannot be written, is in use, or, unless `resume`, holds
     checkpoints.
     """
@@ -191,32 +224,49 @@ def opened(directory: Any, resume: bool, **identity: Any) -> Iterator[Store | No
             raise ValueError("resume=True needs checkpoint=..., the directory to resume from.")
         yield None
         return
-    folder = Path(directory)
+    folder, team = Path(directory), team or Team()
     with contextlib.ExitStack() as stack:
+        refusal = None
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            lock = stack.enter_context(open(folder / "lock", "a+"))
-            _lock(folder, lock)
-            # The only sure test of a writable directory is to write.
-            with tempfile.NamedTemporaryFile(dir=folder, prefix=".bilevel-"):
-                pass
-            for path in folder.glob(".bilevel-*"):  # of a save that was killed
-                path.unlink()
-        except OSError as error:
-            raise ValueError(
-                f"cannot write checkpoints to {str(folder)!r} ({error.strerror}); expected a writable "
-                "directory."
-            ) from error
-        store = Store(folder, {name: _digest(value) for name, value in identity.items()})
+            if team.first:
+                _prepare(folder, stack)
+        except ValueError as error:
+            refusal = error
+        if team.anywhere(refusal is not None):
+            raise refusal or ValueError(f"the first process cannot write to {str(folder)!r}.")
+        store = Store(folder, {name: _digest(value) for name, value in identity.items()}, team)
         files = store.files()
         if files and not resume:
             raise ValueError(
                 f"{str(folder)!r} holds checkpoints of an earlier run (up to {files[0].name}); expected "
                 "resume=True to go on with it, or another directory."
             )
-        stack.callback(store.finish)
+        store.look()
+
+        def leave(kind: Any, *_: Any) -> None:
+            if kind is None or not team.several:  # arrays are gathered by all processes or none
+                store.finish()
+
+        stack.push(leave)
         stack.enter_context(_on_sigterm(store))
         yield store
+
+
+def _prepare(folder: Path, stack: contextlib.ExitStack) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = stack.enter_context((folder / "lock").open("a+"))
+        _lock(folder, lock)
+        # The only sure test of a writable directory is to write.
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".bilevel-"):
+            pass
+        for path in folder.glob(".bilevel-*"):  # of a save that was killed
+            path.unlink()
+    except OSError as error:
+        raise ValueError(
+            f"cannot write checkpoints to {str(folder)!r} ({error.strerror}); expected a writable "
+            "directory."
+        ) from error
 
 
 def _lock(folder: Path, lock: Any) -> None:
@@ -289,11 +339,9 @@ def _is_key(leaf: Any) -> bool:
     return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
-def _to_host(leaf: Any) -> np.ndarray:
-    return np.asarray(jax.random.key_data(leaf) if _is_key(leaf) else leaf)
-
-
 def _from_host(array: np.ndarray, like: Any, impl: str) -> Any:
+    if isinstance(like, np.ndarray):  # of a pool, which stays in the host's memory
+        return array if array.dtype == like.dtype else array.view(like.dtype)
     if impl:
         return jax.random.wrap_key_data(jnp.asarray(array), impl=impl)
     # npz gives dtypes that NumPy does not have (bfloat16) back as bytes.
@@ -303,8 +351,8 @@ def _from_host(array: np.ndarray, like: Any, impl: str) -> Any:
 def _digest(tree: Any) -> str:
     """Of shapes, dtypes and values of all arrays."""
     found = hashlib.blake2b(digest_size=16)
-    for leaf in jax.tree.leaves(eqx.filter(tree, eqx.is_array)):
-        array = _to_host(leaf)
+    for leaf in jax.tree.leaves(eqx.filter(tree, lambda x: isinstance(x, jax.Array | np.ndarray))):
+        array = processes.whole(leaf)
         found.update(f"{leaf.dtype}{leaf.shape}".encode())
         found.update(array.tobytes())
     return found.hexdigest()

@@ -1,4 +1,4 @@
-"""The `bilevel` command: `tune DATA`, `clean DATA`, and on what they wrote `report DIR` and `predict DIR DATA`.
+"""The `bilevel` command: `tune DATA`, `clean DATA`, on what they wrote `report DIR` and `predict DIR DATA`; `launch`.
 
 Whatever can be wrong with the input is found before anything is computed and ends in one line on
 standard error and exit code 2. Progress goes to standard error, the table to standard output, the
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from bilevel import __version__
+from bilevel.launch import add_launch
 from bilevel.tuning.errors import InputError
 from bilevel.tuning.options import PENALTIES
 from bilevel.tuning.output import OutDir, plain, versions
@@ -66,12 +67,16 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"bilevel {__version__}")
     commands = parser.add_subparsers(
-        dest="command", metavar="{tune,clean,report,predict}", required=True, parser_class=_Parser
+        dest="command",
+        metavar="{tune,clean,report,predict,launch}",
+        required=True,
+        parser_class=_Parser,
     )
     _add_tune(commands)
     _add_clean(commands)
     add_report(commands)
     add_predict(commands)
+    add_launch(commands)
     return parser
 
 

@@ -1,7 +1,7 @@
 """The outer loop: chunks of outer steps, each one call of one compiled program."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
@@ -12,15 +12,27 @@ import optax
 from jax import Array
 from jax.sharding import Mesh
 
-from bilevel import lane_choice, sharding, transforms, validation
+from bilevel import lane_choice, processes, sharding, transforms, validation
+from bilevel import retries as retrying
 from bilevel.calls import can_estimate, engine_step, estimated, init_engine
 from bilevel.checkpoint import Saved, opened
 from bilevel.choice import resolved
 from bilevel.footprint import fitted
+from bilevel.log import Log
 from bilevel.outer.base import Evaluation, OuterMethod, at_accuracy, check
+from bilevel.pool import with_pool
 from bilevel.problem import shuffled
-from bilevel.progress import Progress
-from bilevel.result import Best, BilevelError, History, Result, RunState, join, record
+from bilevel.progress import Progress, work
+from bilevel.result import (
+    Best,
+    BilevelError,
+    History,
+    Result,
+    RunState,
+    join,
+    record,
+    verdict,
+)
 from hypergrad import AbstractEngine, BilevelProblem, Hypergradient
 from hypergrad.base import Solver
 from solvers import Solved, Status, tree
@@ -29,6 +41,7 @@ from solvers.static_function import StaticFunction
 from solvers.types import Tree
 
 
+@with_pool
 def run(
     problem: BilevelProblem,
     lam: Tree,
@@ -44,8 +57,10 @@ def run(
     estimate_every: int | None = None,
     outer_tol: float = 0.0,
     patience: int | None = None,
+    retries: int = 0,
     progress: bool | None = None,
     callback: Callable[[RunState, History], Any] | None = None,
+    log: str | os.PathLike[str] | None = None,
     state: RunState | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
     resume: bool = False,
@@ -67,10 +82,15 @@ def run(
         least is one for each chunk. The last step always gets one.
       outer_tol: stop where the hypergradient's 2-norm (natural scale) is at most this, after a chunk.
       patience: stop after this many steps without a new best outer value.
-      progress: show the step, the outer value, the gradient norm and the time left on standard error
-        after each chunk: one live line on a terminal where rich is installed, else plain lines. None
-        does so where standard error is a terminal.
+      retries: so many times in all, a step with one of the statuses below sends the run half of its last
+        step back, with all further steps half as long, instead of ending it: with a warning, and
+        counted in `result.retries`. For optax rules. An uneventful run has the same bits.
+      progress: show the step, the outer value, the hypergradient's norm and error, inner and adjoint steps
+        and the time left on standard error after each chunk: one live line on a terminal where rich is
+        installed, else plain lines. None does so where standard error is a terminal.
       callback: called as `callback(state, history_of_the_chunk)` after each chunk; a true result stops.
+      log: file that gets the history while the run goes on, a line of JSON for each step; with `resume`,
+        the lines that are there are gone on with, and no step comes twice.
       state: `result.state` of an earlier run to go on from; `lam` and `w` then only give the shapes.
       checkpoint: directory that gets the whole state and history after chunks (the last few are kept, and a
         save is put off where it would take more than a twentieth of the time). SIGTERM then ends the
@@ -83,7 +103,7 @@ def run(
       throw: raise BilevelError at the end of a chunk for NONFINITE, INDEFINITE, BREAKDOWN or DIVERGED,
         and after the last step where it ended with MAX_STEPS.
 
-    A step with one of the first four statuses stops the run, and does not move `lam`. Ctrl-C returns
+    A step with one of the first four statuses does not move `lam`, and stops the run. Ctrl-C returns
     (and saves) the chunks that are done.
 
     Raises TypeError or ValueError for bad input, before any compute.
@@ -103,29 +123,45 @@ def run(
         raise TypeError(
             "run works from Python, between compiled chunks: do not call it inside jit."
         )
-    num_steps = _count("num_steps", num_steps, 0)
-    chunk = min(max(num_steps // 10, 1), 100) if chunk is None else _count("chunk", chunk, 1)
+    num_steps = validation.count("num_steps", num_steps, 0)
+    chunk = (
+        min(max(num_steps // 10, 1), 100) if chunk is None else validation.count("chunk", chunk, 1)
+    )
     if estimate_every is not None:
-        estimate_every = _count("estimate_every", estimate_every, 1)
+        estimate_every = validation.count("estimate_every", estimate_every, 1)
     if patience is not None:
-        patience = _count("patience", patience, 1)
+        patience = validation.count("patience", patience, 1)
     outer = optax.adam(1e-1) if outer is None else outer
     if isinstance(outer, OuterMethod):
         check(problem, solver, engine)
+        if retries:
+            raise TypeError(
+                "retries=... halves the steps of an optax rule; an outer method has none."
+            )
     elif not isinstance(outer, optax.GradientTransformation):
         raise TypeError(
             "outer must be an optax rule such as optax.adam(1e-1) or an outer method such as "
             f"bilevel.Adaptive(), got {outer!r}."
         )
+    elif validation.count("retries", retries, 0):
+        outer = retrying.shortening(outer)
     scales = transforms.broadcast(transform, lam)
     transforms.check_domain(scales, lam)
     validation.losses(problem, w, lam)
     w, (lam, key) = sharding.by_task(problem, w), sharding.on_all(problem, (lam, key))
-    problem = lane_choice.settled(engine, problem, solver, w, lam, key)
 
     rule = outer if isinstance(outer, OuterMethod) else StaticFunction(outer)
     stopped = "num_steps"
-    with opened(checkpoint, resume, data=problem, key=key) as store:
+    team = processes.team(getattr(problem, "mesh", None))
+    first = team.first
+    with (
+        opened(checkpoint, resume, team, data=problem, key=key) as store,
+        Log(log if first else None) as journal,
+    ):
+        notes = None if store is None else store.notes
+        problem = lane_choice.settled(engine, problem, solver, w, lam, key, notes)
+        notes = None if store is None else store.notes
+        problem = lane_choice.settled(engine, problem, solver, w, lam, key, notes)
         problem = shuffled(problem, key)
         start = (problem, solver, engine, rule, scales, w, lam, key)
         like = eqx.filter_eval_shape(_first_state, *start) if state is None else state
@@ -135,17 +171,18 @@ def run(
             state = _first_state(*start) if state is None else state
             saved = Saved(state, (), int(state.step), 0)
         begin = saved.begin
+        journal.start(begin, saved.history, resume)
         try:
-            with Progress(progress, num_steps) as bar:
+            with Progress(progress if first else False, num_steps) as bar:
                 while True:
                     state, pieces = saved.state, saved.history
                     done = sum(len(rows.status) for rows in pieces)
-                    if why := _verdict(state, pieces, outer_tol, patience):
+                    if why := verdict(state, pieces, outer_tol, patience):
                         stopped = why
                         break
                     if done >= num_steps:
                         break
-                    if store is not None and store.terminated:
+                    if store is not None and team.anywhere(store.terminated):
                         stopped = "terminated"
                         break
                     length = min(chunk, num_steps - done)
@@ -159,17 +196,22 @@ def run(
                     state, buffer, taken = _chunk(engine, *args)
                     rows = jax.tree.map(lambda leaf, n=int(taken): np.asarray(leaf)[:n], buffer)
                     done += int(taken)
+                    state = retrying.again(problem, scales, state, retries)
                     at_estimate = done if estimate else saved.estimated
                     # One assignment: Ctrl-C never sees half a chunk.
                     saved = Saved(state, (*pieces, rows), begin, at_estimate)
                     if store is not None:
                         store.save(saved)
-                    bar.update(done, float(rows.outer_value[-1]), float(rows.grad_norm[-1]))
-                    failed = int(state.worst) > Status.MAX_STEPS
-                    if callback is not None and not failed and callback(state, rows):
+                    journal.write(begin + done, rows)
+                    reached = float(rows.outer_value[-1]), float(rows.grad_norm[-1])
+                    bar.update(done, *reached, work(rows))
+                    stop = callback is not None and bool(callback(state, rows))
+                    if team.anywhere(stop) and int(state.worst) <= Status.MAX_STEPS:
                         stopped = "callback"
                         break
         except KeyboardInterrupt:
+            if team.several:  # the others may be in the middle of a chunk
+                raise
             stopped = "interrupted"
             if store is not None:
                 store.save(saved)
@@ -187,32 +229,11 @@ def run(
         state=state,
         best=state.best,
         stopped=stopped,
+        retries=retrying.used(state),
     )
     if throw and worst != Status.OK:
         raise BilevelError(worst, f"run: outer step {begin + len(history.status) - 1}", result)
     return result
-
-
-def _verdict(
-    state: RunState, pieces: Sequence[History], outer_tol: float, patience: int | None
-) -> str:
-    """Why a run ends at this state; empty where it goes on."""
-    if int(state.worst) > Status.MAX_STEPS:
-        return "status"
-    if not pieces:
-        return ""
-    if float(pieces[-1].grad_norm[-1]) <= outer_tol:
-        return "outer_tol"
-    since = int(state.step) - 1 - int(state.best.step)
-    return "patience" if patience is not None and since >= patience else ""
-
-
-def _count(name: str, value: Any, low: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int | np.integer):
-        raise TypeError(f"{name} must be an integer, got {value!r}.")
-    if value < low:
-        raise ValueError(f"{name} must be at least {low}, got {value}.")
-    return int(value)
 
 
 @eqx.filter_jit

@@ -120,6 +120,8 @@ def _checked(
 ) -> tuple[Any, ...]:
     """The arguments of the program: (engine, problem, solver, w, lam, key)."""
     problem = sharding.spread(validation.problem(problem), mesh)
+    if getattr(problem, "pool", None) is not None:
+        raise ValueError("a pool of tasks is for bilevel.run: expected Tasks(pool=None).")
     engine, solver = resolved(engine, solver, problem, lam, w, key)
     engine = validation.engine(engine)
     solver = validation.solver(solver, engine, problem)

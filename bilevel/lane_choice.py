@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from bilevel import processes
 from bilevel.calls import engine_step, init_engine
 from bilevel.footprint import signature
 from bilevel.tasks import Tasks
@@ -20,8 +21,19 @@ CANDIDATES = (1, 4, 8, 16, 32)
 """And all tasks of a device."""
 
 
-def settled(engine: Any, problem: Any, solver: Any, w: Any, lam: Any, key: Any) -> Any:
-    """The problem; where it has `lanes="auto"`, with the number that is fastest."""
+def settled(
+    engine: Any,
+    problem: Any,
+    solver: Any,
+    w: Any,
+    lam: Any,
+    key: Any,
+    notes: dict[str, Any] | None = None,
+) -> Any:
+    """The problem; where it has `lanes="auto"`, with the number that is fastest.
+
+    Or with the one in `notes`, which else gets it: results differ by rounding between numbers of lanes.
+    """
     if not isinstance(problem, Tasks) or problem.lanes != "auto":
         return problem
     if is_traced(problem, solver, engine, w, lam, key):
@@ -29,7 +41,10 @@ def settled(engine: Any, problem: Any, solver: Any, w: Any, lam: Any, key: Any) 
             "lanes='auto' measures, which cannot be done inside jit, vmap or grad: pass "
             "lanes=bilevel.choose_lanes(...)."
         )
-    return dataclasses.replace(problem, lanes=measured(engine, problem, solver, w, lam, key))
+    notes = {} if notes is None else notes
+    if "lanes" not in notes:
+        notes["lanes"] = measured(engine, problem, solver, w, lam, key)
+    return dataclasses.replace(problem, lanes=int(notes["lanes"]))
 
 
 def measured(engine: Any, problem: Any, solver: Any, w: Any, lam: Any, key: Any) -> int:
@@ -44,13 +59,17 @@ def measured(engine: Any, problem: Any, solver: Any, w: Any, lam: Any, key: Any)
         if len(_chosen) >= 256:
             _chosen.pop(next(iter(_chosen)))
 
+        team = processes.team(problem.mesh)
+
         def seconds(lanes: int) -> float:
             tasks: Any = dataclasses.replace(problem, lanes=lanes)
             state = init_engine(tasks, solver, engine, w, lam, key)
             args = (tasks, solver, engine, w, lam, state, key, jnp.int32(0))
-            return _seconds(lambda: engine_step(*args))
+            return team.chosen(_seconds(lambda: engine_step(*args)))
 
-        here = problem.count // (1 if problem.mesh is None else problem.mesh.size)
+        here = (problem.per_step or problem.count) // (
+            1 if problem.mesh is None else problem.mesh.size
+        )
         few = [lanes for lanes in CANDIDATES if lanes < here]
         rising = jax.default_backend() == "cpu"
         _chosen[name] = fastest([*few, here] if rising else [here, *reversed(few)], seconds)

@@ -249,18 +249,18 @@ def _pair(batch_size: Any) -> tuple[int | None, int | None]:
     return tuple(None if size is None else int(size) for size in pair)  # type: ignore[return-value]
 
 
-def as_arrays(name: str, data: Any, of: str = "Problem") -> Any:
-    """The data as JAX arrays, each with its own dtype."""
+def as_arrays(name: str, data: Any, of: str = "Problem", on_device: bool = True) -> Any:
+    """The data as JAX arrays, each with its own dtype; as NumPy's, unless `on_device`."""
 
     def convert(path: Any, leaf: Any) -> Any:
         where = f"{of}({name}=...){jax.tree_util.keystr(path)}"
-        if isinstance(leaf, jax.Array):  # covers traced arrays and keys
+        if isinstance(leaf, jax.Array) and on_device:  # covers traced arrays and keys
             array = leaf
         else:
             host = np.asarray(leaf)
             if host.dtype.kind not in "biuf" and not jnp.issubdtype(host.dtype, jnp.floating):
                 raise TypeError(f"{where} must be a numeric array, got dtype {host.dtype}.")
-            array = jnp.asarray(host)
+            array = jnp.asarray(host) if on_device else host
         if array.size == 0:
             raise ValueError(f"{where} is empty: shape {array.shape}.")
         return array

@@ -5,6 +5,17 @@ import time
 from types import TracebackType
 from typing import Any, Self
 
+import numpy as np
+
+from bilevel.result import History
+
+
+def work(rows: History) -> str:
+    """The last error estimate of a chunk, and the inner and adjoint steps that an outer step took."""
+    known = rows.error_estimate[np.isfinite(rows.error_estimate)]
+    error = f" (error {known[-1]:.1g})" if len(known) else ""
+    return f"{error}  inner {rows.inner_steps.mean():.3g}  adjoint {rows.adjoint_steps.mean():.3g}"
+
 
 class Progress:
     """Step, outer value, gradient norm, elapsed and remaining seconds; a context manager.
@@ -51,10 +62,10 @@ class Progress:
         if self.live is not None:
             self.live.stop()
 
-    def update(self, step: int, outer_value: float, grad_norm: float) -> None:
-        """What the run has reached after `step` steps."""
+    def update(self, step: int, outer_value: float, grad_norm: float, work: str = "") -> None:
+        """What the run has reached after `step` steps, and the `work` it took."""
         self.step = step
-        self.text = f"outer {outer_value:.6g}  |hypergradient| {grad_norm:.3g}"
+        self.text = f"outer {outer_value:.6g}  |hypergradient| {grad_norm:.3g}{work}"
         if self.first is None:  # the first chunk holds the compile time
             self.first = (step, time.perf_counter())
         if self.live is not None:

@@ -87,6 +87,8 @@ class Result:
     stopped: str
     """Why the run ended: "num_steps", "outer_tol", "patience", "callback", "status", "interrupted" (Ctrl-C) or
     "terminated" (SIGTERM)."""
+    retries: int = 0
+    """How often a failed step was tried again (`run(retries=...)`); `history.status` says which."""
 
     def __repr__(self) -> str:
         steps = len(self.history.outer_value)
@@ -120,3 +122,17 @@ def join(pieces: Sequence[History], empty: History) -> History:
     if not pieces:
         return jax.tree.map(lambda leaf: np.zeros((0,), jnp.result_type(leaf)), empty)
     return jax.tree.map(lambda *parts: np.concatenate(parts), *pieces)
+
+
+def verdict(
+    state: RunState, pieces: Sequence[History], outer_tol: float, patience: int | None
+) -> str:
+    """Why a run ends at this state; empty where it goes on."""
+    if int(state.worst) > Status.MAX_STEPS:
+        return "status"
+    if not pieces:
+        return ""
+    if float(pieces[-1].grad_norm[-1]) <= outer_tol:
+        return "outer_tol"
+    since = int(state.step) - 1 - int(state.best.step)
+    return "patience" if patience is not None and since >= patience else ""

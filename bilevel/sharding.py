@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from bilevel import processes
 from bilevel.result import RunState
 from bilevel.tasks import Tasks
 
@@ -59,5 +60,5 @@ def placed(problem: Any, state: RunState) -> RunState:
 
 def _put(tree: Any, where: NamedSharding) -> Any:
     return jax.tree.map(
-        lambda leaf: jax.device_put(leaf, where) if isinstance(leaf, jax.Array) else leaf, tree
+        lambda leaf: processes.put(leaf, where) if isinstance(leaf, jax.Array) else leaf, tree
     )

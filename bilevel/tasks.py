@@ -6,15 +6,19 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.sharding import Mesh, PartitionSpec
 
-from bilevel.problem import Loss, Problem, as_arrays
+from bilevel.draws import check_draws, draw
+from bilevel.one_task import Shared, Task
+from bilevel.problem import Problem, as_arrays
+from bilevel.task_report import times, tiny_norm, together
 from hypergrad import AbstractEngine, Hypergradient, HypergradInfo
 from hypergrad.base import Solver, make_solver
 from hypergrad.certificate import implied
 from hypergrad.estimate import with_estimate
-from solvers import AbstractInnerSolver, Mapping, Objective, Sampler, SolveInfo, tree
+from solvers import AbstractInnerSolver, tree
 from solvers.fields import unchecked
 from solvers.lanes import solve_many
 from solvers.types import Tree
@@ -38,23 +42,35 @@ class Tasks(eqx.Module):
         inner problems are solved on lanes that load the next one when they are done (engines `Implicit`,
         `OneStep` and `Exact`, all rows at once), and the rest goes `lanes` at a time. "auto" takes what
         `bilevel.choose_lanes` measures: once per process for one problem, its shapes and settings.
+      per_step: tasks that an outer step takes, drawn anew from the key of the step (`drawn`); None is all. The
+        others keep what they have. Value and hypergradient are unbiased estimates of those of all tasks, and
+        `info.tasks` has the tasks drawn, in their order.
+      weights: (number of tasks,), positive: draw in proportion to them, with replacement, and divide what a
+        task adds by its probability. None draws uniformly, without replacement.
+      pool: "host" keeps data, solutions and states of the tasks in the host's memory, in NumPy; a chunk of `run`
+        loads those that it draws. The numbers are the same.
       mesh: as in `run(mesh=...)`, which sets it: tasks are spread over its devices, each with `lanes` of its own.
 
     Cost: that of the engine, per task. Memory: `w` and the engine's state per task; what a step works with,
-    `lanes` times.
+    `lanes` times; hypergradients of tasks are added up as they come, also `lanes` at a time.
 
-    Raises TypeError or ValueError for data without a common first axis and for lanes below 1.
+    Raises TypeError or ValueError for data without a common first axis, for lanes below 1, for `per_step` that
+    is not from 1 to the number of tasks, and for weights that are not positive.
     """
 
     problem: Problem
     task_data: Any
     lanes: int | str | None = eqx.field(static=True, default=None, kw_only=True)
+    per_step: int | None = eqx.field(static=True, default=None, kw_only=True)
+    weights: Any = eqx.field(default=None, kw_only=True)
+    pool: str | None = eqx.field(static=True, default=None, kw_only=True)
     mesh: Mesh | None = eqx.field(static=True, default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         if not isinstance(self.problem, Problem):
             raise TypeError(f"Tasks(problem=...) must be a bilevel.Problem, got {self.problem!r}.")
-        self.task_data = as_arrays("task_data", self.task_data, of="Tasks")
+        on_device = self.pool is None
+        self.task_data = as_arrays("task_data", self.task_data, of="Tasks", on_device=on_device)
         shapes = [leaf.shape for leaf in jax.tree.leaves(self.task_data)]
         if not shapes or not all(shapes) or len({shape[0] for shape in shapes}) != 1:
             raise ValueError(
@@ -69,6 +85,7 @@ class Tasks(eqx.Module):
                 )
             if lanes < 1:
                 raise ValueError(f"Tasks(lanes=...) must be at least 1, got {lanes}.")
+        check_draws(self)
         if self.mesh is not None and self.count % self.mesh.size:
             raise ValueError(
                 f"{self.count} tasks do not divide among the {self.mesh.size} devices of the mesh; "
@@ -93,6 +110,11 @@ class Tasks(eqx.Module):
         """Number of tasks."""
         return jax.tree.leaves(self.task_data)[0].shape[0]
 
+    @property
+    def total(self) -> int:
+        """Of which these are a part."""
+        return self.count
+
     def task(self, data: Any) -> "Task":
         """The problem of one task."""
         return Task(self.problem, data)
@@ -102,7 +124,8 @@ class Tasks(eqx.Module):
         leaves = jax.tree.leaves(w)
         if all(leaf.ndim > 0 and leaf.shape[0] == self.count for leaf in leaves):
             return w
-        return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (self.count, *leaf.shape)), w)
+        array = jnp if self.pool is None else np
+        return jax.tree.map(lambda leaf: array.broadcast_to(leaf, (self.count, *leaf.shape)), w)
 
     def initial(self, lam: Tree, key: Array) -> Tree:
         """The problem's own start of each task."""
@@ -118,24 +141,33 @@ class Tasks(eqx.Module):
         one = lambda data, w, key: engine.init(self.task(data), solver, w, lam, key)
         return self._map(one, self.task_data, w, self._keys(key))
 
+    def drawn(self, key: Array) -> Array:
+        """The tasks of the step with this key, which in `run` is `jax.random.fold_in(key, step)`."""
+        if self.per_step is None:
+            return jnp.arange(self.count)
+        return draw(self.total, self.per_step, self.weights, key)
+
     def step(
         self, engine: AbstractEngine, solver: Solver, w: Tree, lam: Tree, state: Any, key: Array
     ) -> tuple[Hypergradient, Any]:
         """The engine's step on each task; the hypergradient is the mean of theirs."""
+        if self.per_step is not None:
+            part = self._part(key)
+            h, own = part.step(engine, solver, part.rows(w), lam, part.rows(state), key)
+            return h._replace(w=part.put(w, h.w)), part.put(state, own)
         taken = jnp.zeros(self.count, jnp.int32)
         if self._refills(engine, solver):
             w, state, taken = self._solve(solver, w, lam, state)
             solver = unchecked(solver, max_steps=0)  # the budget is spent
 
-        def one(data: Any, w: Tree, state: Any, key: Array):
+        def one(data: Any, w: Tree, state: Any, key: Array, factor: Array | None):
             h, state = engine.step(self.task(data), solver, w, lam, state, key)
-            return h, tree.norm(h.grad), state
+            return times(factor, h.grad), (h.w, h.info, tree.norm(h.grad), state)
 
-        each, norms, state = self._map(one, self.task_data, w, state, self._keys(key))
-        inner = each.info.inner
-        info = each.info._replace(inner=inner._replace(num_steps=inner.num_steps + taken))
-        grad = jax.tree.map(lambda leaf: jnp.mean(leaf, axis=0), each.grad)
-        return Hypergradient(grad, each.w, _together(info, norms, tree.norm(grad))), state
+        rows = (self.task_data, w, state, self._keys(key), self._factors())
+        grad, (w, info, norms, state) = self._add_up(one, *rows)
+        info = info._replace(inner=info.inner._replace(num_steps=info.inner.num_steps + taken))
+        return Hypergradient(grad, w, self._together(info, norms, tree.norm(grad))), state
 
     def estimate(
         self,
@@ -147,7 +179,11 @@ class Tasks(eqx.Module):
         key: Array,
     ) -> Hypergradient:
         """`hypergrad.estimate.with_estimate` of the mean."""
-
+        if self.per_step is not None:
+            part = self._part(key)
+            own = h._replace(w=part.rows(h.w))
+            own = part.estimate(engine, solver, lam, own, part.rows(state), key)
+            return own._replace(w=h.w)
         smooth = self.inner_prox is None
 
         def one(data: Any, w: Tree, info: HypergradInfo, state: Any, key: Array):
@@ -167,16 +203,20 @@ class Tasks(eqx.Module):
         rows = (self.task_data, h.w, h.info.tasks, state, self._keys(key))
         better, made, norms, each = self._map(one, *rows)
         size = tree.norm(h.grad)
-        mean = lambda rows: jax.tree.map(lambda leaf: jnp.mean(leaf, axis=0), rows)
+        factors = self._factors()
+        mean = lambda rows: jax.tree.map(
+            lambda leaf: jnp.mean(leaf, axis=0),
+            rows if factors is None else jax.vmap(times)(factors, rows),
+        )
         relative = lambda other: (
-            tree.norm(tree.sub(other, h.grad)) / jnp.maximum(size, _tiny(size))
+            tree.norm(tree.sub(other, h.grad)) / jnp.maximum(size, tiny_norm(size))
         ).astype(each.error_estimate.dtype)
         error = jnp.maximum(relative(mean(better)), 10 * tree.epsilon(h.grad))
         unknown = jnp.any(jnp.isnan(each.error_estimate))
         has_adjoint = smooth and engine.adjoint(state) is not None
         if not (has_adjoint and engine.needs_implicit):  # not the step's own gradient was judged
             each = each._replace(error_estimate=h.info.tasks.error_estimate)
-        info = _together(each, norms, size)
+        info = self._together(each, norms, size)
         return h._replace(
             info=info._replace(
                 error_estimate=jnp.where(unknown, jnp.nan, error),
@@ -185,8 +225,33 @@ class Tasks(eqx.Module):
             )
         )
 
+    def _part(self, key: Array) -> "Part":
+        rows = self.drawn(key)
+        places = self._places(rows)
+        fields = {name: getattr(self, name) for name in ("problem", "lanes")}
+        fields |= {"task_data": _take(self.task_data, places), "places": places}
+        factors = None
+        if self.weights is not None:
+            chances = self.weights / jnp.sum(self.weights)
+            factors = 1 / (self.total * chances[rows])
+        return Part(**fields, numbers=rows, factors=factors)
+
+    def _places(self, numbers: Array) -> Array:
+        """Where in the arrays these tasks are."""
+        return numbers
+
+    def _numbers(self) -> Array:
+        return jnp.arange(self.count)
+
+    def _factors(self) -> Array | None:
+        """What each task counts in the mean; None is the same."""
+        return None
+
+    def _together(self, each: HypergradInfo, norms: Array, norm: Array) -> HypergradInfo:
+        return together(each, norms, norm, self._factors())
+
     def _keys(self, key: Array) -> Array:
-        return jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(self.count))
+        return jax.vmap(lambda i: jax.random.fold_in(key, i))(self._numbers())
 
     def _lanes(self) -> int:
         """Of each device."""
@@ -210,6 +275,35 @@ class Tasks(eqx.Module):
 
         return self._on_devices(here)(*rows)
 
+    def _add_up(self, fn: Callable[..., Any], *rows: Any) -> tuple[Any, Any]:
+        """`fn(*row) -> (x, y)`: the mean of x, added up a few tasks at a time, and the stacked y."""
+        lanes = self._lanes()
+
+        def group(rows: Any) -> tuple[Any, Any]:
+            x, y = jax.vmap(fn)(*rows)
+            return jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0), x), y
+
+        def here(*rows: Any) -> tuple[Any, Any]:
+            count = jax.tree.leaves(rows)[0].shape[0]
+            whole = count // lanes * lanes
+            split = lambda leaf: leaf[:whole].reshape(-1, lanes, *leaf.shape[1:])
+            if lanes == count:
+                total, y = group(rows)
+            elif lanes == 1:
+                step = lambda total, row: _added(total, *fn(*row))
+                total, y = jax.lax.scan(step, _zeros(fn, rows), rows)
+            else:
+                step = lambda total, rows: _added(total, *group(rows))
+                total, y = jax.lax.scan(step, _zeros(fn, rows), jax.tree.map(split, rows))
+                y = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), y)
+                if whole < count:
+                    total, rest = _added(total, *group(jax.tree.map(lambda x: x[whole:], rows)))
+                    y = jax.tree.map(lambda *parts: jnp.concatenate(parts), y, rest)
+            return jax.tree.map(lambda leaf: leaf[None], total), y
+
+        totals, y = self._on_devices(here)(*rows)
+        return jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0) / self.count, totals), y
+
     def _on_devices(self, fn: Callable[..., Any]) -> Callable[..., Any]:
         """`fn(*rows) -> rows` on each device's own tasks: loops of one device wait for no other."""
         if self.mesh is None:
@@ -227,7 +321,7 @@ class Tasks(eqx.Module):
 
     def _solve(self, solver: Any, w: Tree, lam: Tree, state: Any) -> tuple[Tree, Any, Array]:
         """Inner solves on refilled lanes: the engine's own then find nothing left to do."""
-        objective = _Shared(self.problem.inner_objective(lam), self.problem.inner_data)
+        objective = Shared(self.problem.inner_objective(lam), self.problem.inner_data)
 
         def here(w: Tree, data: Any, own: Any) -> tuple[Tree, Any, Array]:
             lanes = self._lanes()
@@ -239,108 +333,54 @@ class Tasks(eqx.Module):
         return w, state if own is None else state._replace(inner=own), taken
 
 
-class Task(eqx.Module):
-    """The problem of one task, for an engine."""
+class Part(Tasks):
+    """The tasks of one step. Each has the key, and so the batches, that it has among all of them."""
 
-    problem: Problem
-    data: Any
-    inner: Loss = eqx.field(static=True)
-    outer: Loss = eqx.field(static=True)
+    numbers: Any = eqx.field(default=None, kw_only=True)
+    places: Any = eqx.field(default=None, kw_only=True)
+    factors: Any = eqx.field(default=None, kw_only=True)
 
-    def __init__(self, problem: Problem, data: Any) -> None:
-        self.problem, self.data = problem, data
-        self.inner, self.outer = problem.inner, problem.outer
+    def _numbers(self) -> Array:
+        return self.numbers
 
-    def __getattr__(self, name: str) -> Any:
-        if name in ("inner_init", "inner_hvp", "inner_prox", "constants"):
-            return getattr(self.problem, name)
-        raise AttributeError(name)
+    def _factors(self) -> Array | None:
+        return self.factors
 
-    def inner_objective(self, lam: Tree) -> Objective:
-        return self.problem.inner_objective(lam)
+    def rows(self, tree: Any) -> Any:
+        """Those of these tasks."""
+        return _take(tree, self.places)
 
-    def inner_sampler(self, key: Array) -> Sampler:
-        shared = self.problem.inner_sampler(key)
-        return Sampler(lambda step: _pair(shared(step), self.data), shared.varies)
-
-    def outer_batch(self, key: Array) -> Any:
-        return _pair(self.problem.outer_batch(key), self.data)
-
-    def start(self, w: Tree, lam: Tree, batch: Any) -> Tree:
-        return self.problem.start(w, lam, batch)
+    def put(self, tree: Any, rows: Any) -> Any:
+        """The tree of all tasks with the new rows of these."""
+        return jax.tree.map(lambda leaf, new: leaf.at[self.places].set(new), tree, rows)
 
 
-class _Shared(eqx.Module):
-    """The inner objective of a task's slice; the shared data are not copied."""
+class Loaded(Tasks):
+    """Some tasks of a pool, among them all that the steps to come will draw."""
 
-    objective: Objective
-    data: Any
-
-    def __call__(self, w: Tree, task: Any) -> Array:
-        return self.objective(w, _pair(self.data, task))
+    numbers: Any = eqx.field(default=None, kw_only=True)
+    """Rising."""
+    of: int = eqx.field(static=True, default=0, kw_only=True)
 
     @property
-    def args(self) -> Any:
-        return self.objective.args
+    def total(self) -> int:
+        return self.of
 
-    def _of_slice(self, own: Any) -> Any:
-        """A function `(w, args, batch, ...)` of the objective as one of the slice; None stays None."""
-        return own and (lambda w, args, task, *v: own(w, args, _pair(self.data, task), *v))
+    def _numbers(self) -> Array:
+        return self.numbers
 
-    @property
-    def fn(self) -> Any:
-        own = self.objective.fn
-        slice_of = self._of_slice
-        return Mapping(slice_of(own.mapping)) if isinstance(own, Mapping) else slice_of(own)
-
-    @property
-    def hvp(self) -> Any:
-        return self._of_slice(self.objective.hvp)
-
-    @property
-    def preconditioner(self) -> Any:
-        return self._of_slice(self.objective.preconditioner)
-
-    @property
-    def prox(self) -> Any:
-        return self.objective.prox
+    def _places(self, numbers: Array) -> Array:
+        return jnp.searchsorted(self.numbers, numbers)
 
 
-def _pair(shared: Any, task: Any) -> Any:
-    return task if shared is None else (shared, task)
+def _take(tree: Any, rows: Array) -> Any:
+    return jax.tree.map(lambda leaf: leaf[rows], tree)
 
 
-def _tiny(norm: Array) -> float:
-    return float(jnp.finfo(norm.dtype).tiny) ** 0.5
+def _added(total: Any, x: Any, y: Any) -> tuple[Any, Any]:
+    return tree.add(total, x), y
 
 
-def _together(each: HypergradInfo, norms: Array, norm: Array) -> HypergradInfo:
-    """One report from those of the tasks; `norms` are those of the hypergradients errors are relative to.
-
-    NaN in one task is NaN here, but for the margin, where it says that there is no kink.
-    """
-    tiny = _tiny(norm)  # errors are relative to no less
-    weights = jnp.maximum(norms, tiny) / jnp.maximum(norm, tiny)
-    weights = weights.astype(each.error_estimate.dtype)
-    total = lambda steps: jnp.sum(steps, dtype=jnp.int32)
-    return HypergradInfo(
-        outer_value=jnp.mean(each.outer_value),
-        inner=SolveInfo(
-            value=jnp.mean(each.inner.value),
-            residual=jnp.max(each.inner.residual),
-            num_steps=total(each.inner.num_steps),
-            status=jnp.max(each.inner.status),
-        ),
-        adjoint_residual=jnp.max(each.adjoint_residual),
-        adjoint_steps=total(each.adjoint_steps),
-        curvature=jnp.min(each.curvature),
-        # By the triangle inequality.
-        error_estimate=jnp.mean(weights * each.error_estimate),
-        bound=jnp.mean(weights.astype(each.bound.dtype) * each.bound),
-        corrected_value=jnp.mean(each.corrected_value),
-        damping=jnp.max(each.damping),
-        margin=jnp.nanmin(each.margin),
-        growth=jnp.max(each.growth),
-        status=jnp.max(each.status),
-        tasks=each,
-    )
+def _zeros(fn: Callable[..., Any], rows: Any) -> Any:
+    first = jax.eval_shape(fn, *jax.tree.map(lambda leaf: leaf[0], rows))[0]
+    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), first)

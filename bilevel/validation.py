@@ -18,6 +18,15 @@ from solvers import SOLVERS, AbstractInnerSolver, FixedPoint, Mapping, ProximalG
 from solvers.tree import accumulation_dtype
 
 
+def count(name: str, value: Any, low: int) -> int:
+    """An integer of at least `low`."""
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+        raise TypeError(f"{name} must be an integer, got {value!r}.")
+    if value < low:
+        raise ValueError(f"{name} must be at least {low}, got {value}.")
+    return int(value)
+
+
 def variables(name: str, tree: Any) -> Any:
     """A variable as strongly typed floating-point arrays, each leaf with its own dtype.
 

@@ -67,6 +67,11 @@ def check(problem: Any, solver: Any, engine: AbstractEngine) -> None:
             "an outer method compares outer values: expected a problem without batch_size, got "
             f"{problem.batch_size}. Use an optax rule with batches."
         )
+    if getattr(problem, "per_step", None) is not None:
+        raise TypeError(
+            "an outer method compares outer values: expected Tasks(per_step=None), got per_step="
+            f"{problem.per_step}. Use an optax rule with tasks that are drawn."
+        )
     linear = engine.linear_solver if isinstance(engine, Implicit) else None
     if not isinstance(engine, Implicit) or not (linear is None or hasattr(linear, "rtol")):
         raise TypeError(

@@ -16,7 +16,7 @@ import optax
 import pytest
 
 import bilevel as bl
-from bilevel import checkpoint
+from bilevel import checkpoint, lane_choice
 
 STEPS = 24
 X = np.random.default_rng(0).standard_normal((2, 12, 3))
@@ -180,6 +180,22 @@ def test_a_disk_that_fails_costs_no_result(tmp_path, whole):
     assert files(directory)[-1] == "step-000000000004.npz"
     assert not list(directory.glob(".bilevel-*"))
     same(run(directory, resume=True), whole)
+
+
+def task_loss(w, lam, task):
+    return jnp.sum((w - lam * task) ** 2)
+
+
+def test_a_measured_number_of_lanes_is_kept(tmp_path, monkeypatch):
+    """Another one would change the rounding."""
+    measured = iter([3])
+    monkeypatch.setattr(lane_choice, "measured", lambda *_: next(measured))
+    tasks = bl.Tasks(bl.Problem(task_loss, task_loss), X[0, :3], lanes="auto")
+    settings = {"engine": bl.OneStep(), "solver": bl.GradientDescent(0.3, max_steps=3, tol=0.0)}
+    settings |= {"checkpoint": tmp_path, "resume": True, "chunk": 1}
+    for num_steps in (1, 2):
+        result = bl.run(tasks, 0.5, np.zeros(3), num_steps=num_steps, **settings)
+        assert len(result.history.status) == num_steps
 
 
 def test_every_kind_of_leaf_comes_back(tmp_path, whole):

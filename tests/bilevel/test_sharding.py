@@ -11,7 +11,7 @@ import pytest
 import bilevel as bl
 
 CHILD = """
-import os, sys
+import os, sys, tempfile
 os.environ["XLA_FLAGS"] += " --xla_force_host_platform_device_count=8"
 import jax, jax.numpy as jnp, numpy as np, optax
 import bilevel as bl
@@ -59,6 +59,26 @@ spread = lambda leaf: {shard.data.shape[0] for shard in leaf.addressable_shards}
 for leaf in jax.tree.leaves((r8.w, r8.state.engine, h8.w, h8.info.tasks)):
     assert len(leaf.addressable_shards) == 8 and spread(leaf) == {2}
 assert r8.lam.sharding.is_fully_replicated
+with tempfile.TemporaryDirectory() as folder:
+    kept = {"chunk": 1, "outer": optax.sgd(0.1), "mesh": mesh, "checkpoint": folder, **settings}
+    bl.run(tasks, lam, w, num_steps=1, **kept)
+    resumed = bl.run(tasks, lam, w, num_steps=2, resume=True, **kept)
+jax.tree.map(np.testing.assert_array_equal, (resumed.state, resumed.history), (r8.state, r8.history))
+assert driver._chunk._cached._cache_size() == 1
+
+def batched(w, lam, batch):
+    return inner(w, lam, batch[1]) - jnp.mean(batch[0] @ w)
+
+shift = jnp.asarray(rng.standard_normal((40, 3)), jnp.float32)
+kinks = bl.Problem(
+    batched, lambda w, lam, batch: outer(w, lam, batch[1]), shift, shift, batch_size=5,
+    inner_prox=lambda v, step, lam: bl.prox.l1(v, step, 0.2 * lam),
+)
+tasks, settings["solver"] = bl.Tasks(kinks, data), bl.ProximalGradient(max_steps=50, tol=0.0)
+h, h8 = (bl.hypergradient(tasks, lam, w, mesh=m, **settings) for m in (None, mesh))
+np.testing.assert_allclose(h8.grad, h.grad, rtol=1e-6)
+np.testing.assert_allclose(h8.w, h.w, rtol=1e-6, atol=1e-6)
+assert np.any(h.w == 0) and np.any(h.w != 0)
 """
 
 

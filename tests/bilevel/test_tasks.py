@@ -9,7 +9,7 @@ import optax
 import pytest
 
 import bilevel as bl
-from bilevel.tasks import _together
+from bilevel.task_report import together
 from hypergrad.base import make_info
 from solvers import SolveInfo
 
@@ -136,14 +136,14 @@ def test_a_report_of_many_is_that_of_the_worst():
         adjoint_residual=jnp.array([0.0, 1.0, 0.5]),
         adjoint_steps=jnp.array([1, 2, 3], jnp.int32),
     )
-    found = _together(each, jnp.asarray(norms), jnp.asarray(0.5))
+    found = together(each, jnp.asarray(norms), jnp.asarray(0.5))
     mean = (2 * 0.1 + 5 * 0.02 + 1e-3) / 3 / 0.5
     np.testing.assert_allclose(found.error_estimate, mean)
     np.testing.assert_allclose(found.bound, 2 * mean)
     assert (found.status, found.curvature, found.margin) == (bl.Status.INDEFINITE, -2.0, 2.0)
     assert (found.adjoint_residual, found.adjoint_steps) == (1.0, 6)
     unknown = each._replace(error_estimate=each.error_estimate.at[1].set(jnp.nan))
-    assert jnp.isnan(_together(unknown, jnp.asarray(norms), jnp.asarray(0.5)).error_estimate)
+    assert jnp.isnan(together(unknown, jnp.asarray(norms), jnp.asarray(0.5)).error_estimate)
 
 
 def judged_shape():
