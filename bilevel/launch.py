@@ -64,9 +64,8 @@ def _launch(options: argparse.Namespace) -> int:
         runpy.run_path(options.script, run_name="__main__")
     except BaseException as error:
         code = error.code if isinstance(error, SystemExit) else 1
-        if (
-            code
-        ):  # leaving as usual, JAX would wait minutes for the others, who wait for this process
+        if code:
+            # Leaving as usual, JAX would wait minutes for the others, who wait for this process.
             _leave(error, code if isinstance(code, int) else 1)
     return 0
 
