@@ -35,7 +35,7 @@ from bilevel.result import (
 )
 from hypergrad import AbstractEngine, BilevelProblem, Hypergradient
 from hypergrad.base import Solver
-from solvers import Solved, Status, tree
+from solvers import Status, tree
 from solvers.optax_solver import optax_init, optax_update
 from solvers.static_function import StaticFunction
 from solvers.types import Tree
@@ -111,11 +111,7 @@ def run(
     problem = sharding.spread(validation.problem(problem), mesh)
     engine, solver = resolved(engine, solver, problem, lam, w, key)
     engine = validation.engine(engine)
-    solver = validation.solver(solver, engine, problem)
-    if isinstance(solver, Solved):
-        raise ValueError(
-            "solver=Solved() takes no step, but in run the solution has to follow lam."
-        )
+    solver = validation.stepping(validation.solver(solver, engine, problem))
     key = jax.random.key(0) if key is None else key
     lam = validation.variables("lam", lam)
     w = validation.start(problem, w, lam, key)
@@ -158,8 +154,6 @@ def run(
         opened(checkpoint, resume, team, data=problem, key=key) as store,
         Log(log if first else None) as journal,
     ):
-        notes = None if store is None else store.notes
-        problem = lane_choice.settled(engine, problem, solver, w, lam, key, notes)
         notes = None if store is None else store.notes
         problem = lane_choice.settled(engine, problem, solver, w, lam, key, notes)
         problem = shuffled(problem, key)

@@ -14,7 +14,14 @@ from bilevel.problem import Problem
 from bilevel.tasks import Task, Tasks
 from hypergrad import ENGINES, AbstractEngine, BilevelProblem
 from hypergrad.base import Solver, check_proximal, has_prox
-from solvers import SOLVERS, AbstractInnerSolver, FixedPoint, Mapping, ProximalGradient
+from solvers import (
+    SOLVERS,
+    AbstractInnerSolver,
+    FixedPoint,
+    Mapping,
+    ProximalGradient,
+    Solved,
+)
 from solvers.tree import accumulation_dtype
 
 
@@ -81,6 +88,15 @@ def engine(value: Any) -> AbstractEngine:
         return value()
     if not isinstance(value, AbstractEngine):
         raise TypeError(f"engine must be an engine such as bilevel.Implicit(), got {value!r}.")
+    return value
+
+
+def stepping(value: Solver) -> Solver:
+    """A solver for `run`."""
+    if isinstance(value, Solved):
+        raise ValueError(
+            "solver=Solved() takes no step, but in run the solution has to follow lam."
+        )
     return value
 
 
