@@ -235,6 +235,46 @@ ROWS: dict[str, Row] = {
         ),
         ".3/.2 falling by k^-.5 and k^-.6 from k=100, momentum .9 k^-.5, 2e4",
     ),
+    "TTSA": Row(
+        "b=4",
+        2e-2,
+        p1(bl.TTSA(power(0.4, 0.4, 100), 0.4, 10), power(0.2, 0.6, 100), 20_000, batch=4),
+        "Q=10, steps .4, .4, .2 falling by k^-.4, not, k^-.6 from k=100, 2e4",
+    ),
+    "BSA": Row(
+        "b=4",
+        2e-2,
+        p1(bl.BSA(power(0.4, 0.5, 100), 0.4, 10), power(0.2, 0.6, 100), 20_000, batch=4),
+        "T=Q=10, steps .4, .4, .2 falling by k^-.5, not, k^-.6 from k=100, 2e4",
+    ),
+    "MRBO": Row(
+        "b=4",
+        2e-2,
+        p1(
+            bl.MRBO(power(0.4, 1 / 3, 100), 0.4, 20, estimator=bl.STORM(power(0.5, 2 / 3))),
+            power(0.2, 1 / 3, 100),
+            5000,
+            batch=4,
+        ),
+        "Q=20, steps .4, .4, .2 falling by k^-1/3, not, k^-1/3 from k=100, momentum .5 k^-2/3, 5000",
+    ),
+    "SUSTAIN": Row(
+        "b=4",
+        2e-2,
+        p1(
+            bl.SUSTAIN(power(0.4, 1 / 3, 100), 0.4, 10, estimator=bl.STORM(power(0.5, 2 / 3))),
+            power(0.2, 0.5, 100),
+            20_000,
+            batch=4,
+        ),
+        "Q=10, steps .4, .4, .2 falling by k^-1/3, not, k^-1/2 from k=100, momentum .5 k^-2/3, 2e4",
+    ),
+    "VRBO": Row(
+        "b=4, q=10, T=5, Q=20, 2000",
+        1e-15,
+        p1(bl.VRBO(0.2, terms=20, whole_terms=400, estimator=bl.SPIDER(50)), 0.1, 2000, batch=4),
+        ".2/.1, 400 terms at the passes in the place of the exact solve",
+    ),
     "sl-BAMM s3 on P2": Row("mu=.9 k^-1/10, 2e4", 9e-14, bamm_s3(), "n=10, beta=.5, start .01"),
     "MEHA on P2": Row(
         "c=2, 2000", 2e-13, p2(bl.MEHA(0.2, c=2.0, gamma=5.0, theta_step=0.2), 0.1, 2000),

@@ -17,12 +17,14 @@ from hypergrad.moreau import Moreau
 from hypergrad.one_step import OneStep
 from hypergrad.registry import ENGINES
 from hypergrad.root import implicit
+from hypergrad.series import BSA, MRBO, SUSTAIN, TTSA, VRBO
 from hypergrad.soba import SABA, SOBA, SRBA
 from hypergrad.unrolled import Unrolled
 
 __all__ = [
     "BAMM",
     "BOME",
+    "BSA",
     "EMA",
     "ENGINES",
     "F2SA",
@@ -30,13 +32,17 @@ __all__ = [
     "FSLA",
     "GPBGD",
     "MEHA",
+    "MRBO",
     "SABA",
     "SAGA",
     "SOBA",
     "SPIDER",
     "SRBA",
     "STORM",
+    "SUSTAIN",
+    "TTSA",
     "VPBGD",
+    "VRBO",
     "AbstractEngine",
     "AbstractEstimator",
     "AmIGO",

@@ -12,6 +12,7 @@ from hypergrad.joint_penalty import BOME, GPBGD, VPBGD
 from hypergrad.meha import MEHA
 from hypergrad.moreau import Moreau
 from hypergrad.one_step import OneStep
+from hypergrad.series import BSA, MRBO, SUSTAIN, TTSA, VRBO
 from hypergrad.soba import SABA, SOBA, SRBA
 from hypergrad.unrolled import Unrolled
 
@@ -37,6 +38,11 @@ ENGINES: dict[str, type[AbstractEngine]] = {
         SABA,
         SOBA,
         SRBA,
+        BSA,
+        MRBO,
+        SUSTAIN,
+        TTSA,
+        VRBO,
     )
 }
 """The lower-case class name of each engine."""
