@@ -8,7 +8,7 @@ of the cycle, by the direction that the last stage returns.
 
 import abc
 from collections.abc import Callable
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -79,8 +79,8 @@ class AbstractSingleLoop(AbstractEngine):
     needs_implicit = True
     uses_solver = False
     rewinds = False  # a table is updated in place: there is no old one to go back to
-    second_order: ClassVar[bool] = False
-    """Whether it needs Hessian-vector products."""
+    second_order = False
+    measured = ("step_size",)
 
     def __check_init__(self) -> None:
         if isinstance(self.step_size, str) and self.step_size != "auto":
