@@ -1,5 +1,6 @@
 """The outer loop: chunks of outer steps, each one call of one compiled program."""
 
+import functools
 import os
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -152,7 +153,7 @@ def run(
                     args = (problem, solver, rule, scales, state, key, *sizes)
                     if getattr(engine, "memory_budget", None) is not None:
                         engine = fitted(_chunk, engine, *args).engine
-                    state, buffer, taken = _chunk(engine, *args)
+                    state, buffer, taken = _program(engine)(engine, *args)
                     rows = jax.tree.map(lambda leaf, n=int(taken): np.asarray(leaf)[:n], buffer)
                     done += int(taken)
                     at_estimate = done if estimate else saved.estimated
@@ -235,8 +236,7 @@ def _empty_record(problem, solver, engine, state, key) -> History:
     return eqx.filter_eval_shape(record, h)
 
 
-@eqx.filter_jit
-def _chunk(
+def _steps(
     engine,
     problem,
     solver,
@@ -317,6 +317,28 @@ def _chunk(
         worst, history = jax.lax.cond(estimate, with_verdict, lambda: (state.worst, history))
         state = state._replace(worst=worst)
     return state, history, taken
+
+
+_chunk = eqx.filter_jit(_steps)
+IN_ORDER = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
+_chunk_in_order = eqx.filter_jit(_steps, compiler_options=IN_ORDER)
+
+
+def _program(engine: AbstractEngine) -> Callable[..., Any]:
+    """On CPU, short steps lose more by handing small operations to other threads than they win."""
+    return _chunk if engine.uses_solver or not _knows_order() else _chunk_in_order
+
+
+@functools.cache
+def _knows_order() -> bool:
+    """Whether this backend, in this version, has the option."""
+    if jax.default_backend() != "cpu":
+        return False
+    try:
+        jax.jit(lambda: 0, compiler_options=IN_ORDER).lower().compile()
+    except jax.errors.JaxRuntimeError:
+        return False
+    return True
 
 
 def _packed(entries: History) -> dict[str, Array]:

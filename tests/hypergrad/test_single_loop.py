@@ -381,10 +381,14 @@ def test_table_is_updated_in_place():
     state = driver._first_state(problem, None, engine, rule, scales, case.w, case.lam, key)
     sizes = jnp.int32(5), jnp.asarray(False), 5
     program = (
-        driver._chunk.lower(engine, problem, None, rule, scales, state, key, *sizes)
+        driver._program(engine)
+        .lower(engine, problem, None, rule, scales, state, key, *sizes)
         .compile()
         .compiled.as_text()
     )
+    # Its operations are in order: handed to other threads, such small ones cost twice as much.
+    other = driver._chunk.lower(engine, problem, None, rule, scales, state, key, *sizes).compile()
+    assert program != other.compiled.as_text()
     copies, computation = [], ""
     for line in program.splitlines():
         if line.endswith("{"):
