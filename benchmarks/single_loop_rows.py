@@ -130,6 +130,19 @@ def p2_itd() -> Callable[[], float]:
     return p2(engine, 0.1, 1000, wrong=lambda c: (c + 1) / 2, solver=solver)
 
 
+def p8() -> float:
+    """`f = cosh(3 x) + (y - 1)^2 / 2`, `g = (y - x)^2 / 2`, from x = 4; x* solves 3 sinh(3 x) + x = 1."""
+    problem = bl.Problem(
+        lambda w, lam, batch: 0.5 * (w - lam) ** 2,
+        lambda w, lam, batch: jnp.cosh(3 * lam) + 0.5 * (w - 1) ** 2,
+    )
+    rule = optax.chain(optax.normalize_by_update_norm(), optax.sgd(0.005))
+    result = bl.run(
+        problem, 4.0, 0.0, engine=bl.BOREP(0.5), outer=rule, num_steps=4000, progress=False
+    )
+    return abs(float(result.lam) - 0.09869641)
+
+
 ROWS: dict[str, Row] = {
     "SOBA": Row(".4/.1, 1000 steps", 6e-16, p1(bl.SOBA(0.4), 0.1, 1000)),
     "SABA, batches of 1": Row(".1/.03, 5000", 4e-15, p1(bl.SABA(0.1), 0.03, 5000, batch=1)),
@@ -275,6 +288,7 @@ ROWS: dict[str, Row] = {
         p1(bl.VRBO(0.2, terms=20, whole_terms=400, estimator=bl.SPIDER(50)), 0.1, 2000, batch=4),
         ".2/.1, 400 terms at the passes in the place of the exact solve",
     ),
+    "BO-REP on P8": Row("eta=.005, 4000", 1.3e-3, p8, "inner and adjoint steps .5, I=2, N=3"),
     "sl-BAMM s3 on P2": Row("mu=.9 k^-1/10, 2e4", 9e-14, bamm_s3(), "n=10, beta=.5, start .01"),
     "MEHA on P2": Row(
         "c=2, 2000", 2e-13, p2(bl.MEHA(0.2, c=2.0, gamma=5.0, theta_step=0.2), 0.1, 2000),

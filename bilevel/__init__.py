@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from hypergrad import (
         BAMM,
         BOME,
+        BOREP,
         BSA,
         EMA,
         F2SA,
@@ -87,6 +88,7 @@ __version__ = "0.1.0"
 __all__ = [
     "BAMM",
     "BOME",
+    "BOREP",
     "BSA",
     "CG",
     "EMA",
@@ -181,6 +183,7 @@ _HOMES = {
     "hypergrad": {
         "BAMM",
         "BOME",
+        "BOREP",
         "BSA",
         "EMA",
         "F2SA",

@@ -3,7 +3,7 @@
 import functools
 import os
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import equinox as eqx
 import jax
@@ -321,10 +321,10 @@ def _steps(
 
 _chunk = eqx.filter_jit(_steps)
 IN_ORDER = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
-_chunk_in_order = eqx.filter_jit(_steps, compiler_options=IN_ORDER)
+_chunk_in_order = cast(Any, eqx.filter_jit)(_steps, compiler_options=IN_ORDER)
 
 
-def _program(engine: AbstractEngine) -> Callable[..., Any]:
+def _program(engine: AbstractEngine) -> Callable[..., tuple[RunState, History, Array]]:
     """On CPU, short steps lose more by handing small operations to other threads than they win."""
     return _chunk if engine.uses_solver or not _knows_order() else _chunk_in_order
 

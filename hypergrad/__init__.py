@@ -4,6 +4,7 @@ from hypergrad import optimality
 from hypergrad.amigo import FSLA, AmIGO, StocBiO
 from hypergrad.bamm import BAMM
 from hypergrad.base import AbstractEngine, BilevelProblem, Hypergradient, HypergradInfo
+from hypergrad.borep import BOREP
 from hypergrad.certificate import Constants
 from hypergrad.estimators import EMA, SAGA, SPIDER, STORM, AbstractEstimator, Plain
 from hypergrad.exact import Exact
@@ -24,6 +25,7 @@ from hypergrad.unrolled import Unrolled
 __all__ = [
     "BAMM",
     "BOME",
+    "BOREP",
     "BSA",
     "EMA",
     "ENGINES",

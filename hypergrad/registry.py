@@ -3,6 +3,7 @@
 from hypergrad.amigo import FSLA, AmIGO, StocBiO
 from hypergrad.bamm import BAMM
 from hypergrad.base import AbstractEngine
+from hypergrad.borep import BOREP
 from hypergrad.exact import Exact
 from hypergrad.f2sa import F2SA
 from hypergrad.f3sa import F3SA
@@ -38,6 +39,7 @@ ENGINES: dict[str, type[AbstractEngine]] = {
         SABA,
         SOBA,
         SRBA,
+        BOREP,
         BSA,
         MRBO,
         SUSTAIN,

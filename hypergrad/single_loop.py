@@ -37,6 +37,8 @@ class Stage(NamedTuple):
     """What they do: both levels' estimates at the point before the move."""
     times: int = 1
     """How often in a row, each time on fresh batches."""
+    turns: Callable[[Array], Array] | None = None
+    """How often of these it is in fact, by the number of the cycle; then it reports nothing."""
     joint: bool = False
     """Whether `inner` gets a `Both`, batches of both levels, and `outer` nothing."""
 
@@ -163,7 +165,7 @@ class AbstractSingleLoop(AbstractEngine):
         stages = self.stages(problem, size)
         point, memory = {"lam": lam, "w": w} | state.own, list(state.memory)
         report: dict[str, Any] = {}
-        place = 0
+        place, missed = 0, jnp.int32(0)
         for index, stage in enumerate(stages):
             first = place
 
@@ -178,7 +180,17 @@ class AbstractSingleLoop(AbstractEngine):
                     found["grad"] = move.grad
                 return point | move.point, (inner_memory, outer_memory), found
 
-            if stage.times == 1:
+            if stage.turns is not None:
+                turns = stage.turns(state.count)
+                missed += stage.times - turns
+                point, memory[index] = jax.lax.fori_loop(
+                    0,
+                    turns,
+                    lambda turn, carry, take=take: take(turn, *carry)[:2],
+                    (point, memory[index]),
+                )
+                found = {}
+            elif stage.times == 1:
                 point, memory[index], found = take(0, point, memory[index])
             else:
                 shapes = jax.eval_shape(lambda p, m: take(0, p, m)[2], point, memory[index])
@@ -197,7 +209,7 @@ class AbstractSingleLoop(AbstractEngine):
         grad = report["grad"]
         count, residual = self.cost(), report["residual"]
         status = where(~jnp.isfinite(report["inner_value"]), Status.NONFINITE)
-        inner = SolveInfo(report["inner_value"], residual, jnp.int32(count.gradients), status)
+        inner = SolveInfo(report["inner_value"], residual, count.gradients - missed, status)
         grown = tree.norm(own | {"w": w})
         info = make_info(
             report["outer_value"],

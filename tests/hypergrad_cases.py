@@ -63,6 +63,7 @@ SINGLE_LOOP = {
     "ttsa": bl.TTSA(0.2, 0.1, terms=3),
     "mrbo": bl.MRBO(0.2, 0.1, terms=3, estimator=bl.STORM(0.4)),
     "vrbo": bl.VRBO(0.2, terms=2, inner_steps=2, whole_terms=20, estimator=bl.SPIDER(6)),
+    "borep": bl.BOREP(0.2, 0.1, 2, 2, 3, 0.3, estimator=bl.EMA(0.6)),
     "vpbgd": bl.VPBGD(0.2, penalty=5.0, outer_step=0.1, inner_steps=2),
     "gpbgd": bl.GPBGD(0.04, penalty=5.0),
     "bome": bl.BOME(0.2, 0.5, 0.1, inner_steps=2),
