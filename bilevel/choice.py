@@ -11,7 +11,7 @@ from jax import Array
 
 from bilevel import validation
 from bilevel.tasks import Tasks
-from hypergrad import AbstractEngine, BilevelProblem, Forward, Implicit, Unrolled
+from hypergrad import F2SA, AbstractEngine, BilevelProblem, Forward, Implicit, Unrolled
 from hypergrad.base import Solver, has_prox
 from solvers import LBFGS, AbstractInnerSolver, FixedPoint, Mapping, Newton, ProximalGradient, tree
 from solvers.linear.spectrum import ritz_values
@@ -54,6 +54,7 @@ def choose(
     | the same, more of them | Unrolled | gradient descent |
     | a fixed point (`Mapping`) | Implicit, by GMRES | FixedPoint, accelerated |
     | an `inner_prox` | Implicit, on the support | ProximalGradient |
+    | `second_order=False` | F2SA | LBFGS |
     | negative curvature at `w` (12 Lanczos products) | Unrolled | gradient descent |
     | an `inner_hvp` or `inner_preconditioner` | Implicit, by CG | Newton |
     | else | Implicit, by CG | LBFGS |
@@ -96,6 +97,8 @@ def _rule(
         return Implicit(), FixedPoint(memory=5), "the inner problem is a fixed point"
     if has_prox(problem):
         return Implicit(), ProximalGradient(max_steps=10_000), "the inner problem has a prox"
+    if not getattr(problem, "second_order", True):
+        return F2SA(), LBFGS(), "the problem is declared without second derivatives"
     curvature = float(_lowest_curvature(problem, lam, w, key))
     if curvature < 0:
         why = f"the inner loss has negative curvature at w ({curvature:.2g}), so it is not convex: the "

@@ -12,7 +12,7 @@ import optax
 from jax import Array
 from jax.sharding import Mesh
 
-from bilevel import lane_choice, processes, sharding, transforms, validation
+from bilevel import in_order, lane_choice, processes, sharding, transforms, validation
 from bilevel import retries as retrying
 from bilevel.calls import can_estimate, engine_step, estimated, init_engine
 from bilevel.checkpoint import Saved, opened
@@ -30,7 +30,9 @@ from bilevel.result import (
     Result,
     RunState,
     join,
+    packed,
     record,
+    unpacked,
     verdict,
 )
 from hypergrad import AbstractEngine, BilevelProblem, Hypergradient
@@ -187,7 +189,7 @@ def run(
                     args = (problem, solver, rule, scales, state, key, *sizes)
                     if getattr(engine, "memory_budget", None) is not None:
                         engine = fitted(_chunk, engine, *args).engine
-                    state, buffer, taken = _chunk(engine, *args)
+                    state, buffer, taken = _program(engine)(engine, *args)
                     rows = jax.tree.map(lambda leaf, n=int(taken): np.asarray(leaf)[:n], buffer)
                     done += int(taken)
                     state = retrying.again(problem, scales, state, retries)
@@ -254,8 +256,7 @@ def _empty_record(problem, solver, engine, state, key) -> History:
     return eqx.filter_eval_shape(record, h)
 
 
-@eqx.filter_jit
-def _chunk(
+def _steps(
     engine,
     problem,
     solver,
@@ -290,7 +291,7 @@ def _chunk(
         h, engine_state = engine_at(state)
         buffer = {
             dtype: jax.lax.dynamic_update_index_in_dim(buffer[dtype], row, taken, 0)
-            for dtype, row in _packed(record(h)).items()
+            for dtype, row in packed(record(h)).items()
         }
         good = h.info.status <= Status.MAX_STEPS
         lam, outer_state, value = _outer_step(problem, rule, scales, state, h)
@@ -310,13 +311,13 @@ def _chunk(
     empty = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), h_shape)
     entries = record(empty)
     buffer = {
-        dtype: jnp.zeros((size, *row.shape), row.dtype) for dtype, row in _packed(entries).items()
+        dtype: jnp.zeros((size, *row.shape), row.dtype) for dtype, row in packed(entries).items()
     }
     last = (state.lam, empty) if judged else None
     state, last, buffer, taken = jax.lax.while_loop(
         is_open, body, (state, last, buffer, jnp.int32(0))
     )
-    history = _unpacked(buffer, entries)
+    history = unpacked(buffer, entries)
 
     def with_verdict() -> tuple[Array, History]:
         assert last is not None
@@ -338,17 +339,13 @@ def _chunk(
     return state, history, taken
 
 
-def _packed(entries: History) -> dict[str, Array]:
-    """A step's entries in one vector for each dtype: each write into a history costs as much as a short step."""
-    rows: dict[str, list[Array]] = {}
-    for entry in entries:
-        rows.setdefault(str(entry.dtype), []).append(entry)
-    return {dtype: jnp.stack(row) for dtype, row in rows.items()}
+_chunk = eqx.filter_jit(_steps)
+_chunk_in_order = in_order.jit(_steps)
 
 
-def _unpacked(buffer: dict[str, Array], entries: History) -> History:
-    columns = {dtype: iter(jnp.moveaxis(rows, 1, 0)) for dtype, rows in buffer.items()}
-    return History(*(next(columns[str(entry.dtype)]) for entry in entries))
+def _program(engine: AbstractEngine) -> Callable[..., tuple[RunState, History, Array]]:
+    """Short steps, those of engines that solve nothing, run their operations in order."""
+    return _chunk if engine.uses_solver or not in_order.known() else _chunk_in_order
 
 
 def _outer_step(

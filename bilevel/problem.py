@@ -45,6 +45,8 @@ class Problem(eqx.Module):
         smooth part alone: what is minimised is `inner + psi`.
       inner_penalty: `(w, lam) -> scalar`, that term psi itself, for engines that need its slope in `lam`
         (`MEHA`; 0 for a projection).
+      second_order: False where the losses have no second derivatives (or must not be asked for them):
+        engines, solvers and settings that need one are then refused.
       outer_projection: `lam -> lam`, applied after each outer step, on the natural scale.
 
     Raises TypeError or ValueError for losses that are not callable, data that are not numeric or empty,
@@ -76,6 +78,8 @@ class Problem(eqx.Module):
     outer_projection: Callable[[Tree], Tree] | None = eqx.field(
         static=True, default=None, kw_only=True
     )
+
+    second_order: bool = eqx.field(static=True, default=True, kw_only=True)
 
     def __post_init__(self) -> None:
         for name in ("inner", "outer"):

@@ -136,3 +136,17 @@ def verdict(
         return "outer_tol"
     since = int(state.step) - 1 - int(state.best.step)
     return "patience" if patience is not None and since >= patience else ""
+
+
+def packed(entries: History) -> dict[str, Array]:
+    """A step's entries in one vector for each dtype: each write into a history costs as much as a short step."""
+    rows: dict[str, list[Array]] = {}
+    for entry in entries:
+        rows.setdefault(str(entry.dtype), []).append(entry)
+    return {dtype: jnp.stack(row) for dtype, row in rows.items()}
+
+
+def unpacked(buffer: dict[str, Array], entries: History) -> History:
+    """The history back from vectors of each dtype, stacked over steps."""
+    columns = {dtype: iter(jnp.moveaxis(rows, 1, 0)) for dtype, rows in buffer.items()}
+    return History(*(next(columns[str(entry.dtype)]) for entry in entries))

@@ -97,6 +97,7 @@ class Tasks(eqx.Module):
             "inner",
             "inner_init",
             "inner_prox",
+            "second_order",
             "outer_projection",
             "constants",
             "batch_size",

@@ -24,6 +24,9 @@ from solvers import (
 )
 from solvers.tree import accumulation_dtype
 
+FIRST_ORDER = "F2SA, Moreau(gamma=...), F3SA, MEHA, VPBGD or BOME"
+"""Engines that need gradients alone."""
+
 
 def count(name: str, value: Any, low: int) -> int:
     """An integer of at least `low`."""
@@ -158,7 +161,32 @@ def solver(value: Any, engine: AbstractEngine, problem: BilevelProblem) -> Solve
             f"the problem has an inner_init, but {name} has no derivative with respect to where the "
             "inner solve starts (it would be silently zero). Use the engine Unrolled."
         )
+    if not getattr(problem, "second_order", True):
+        _without_curvature(engine, value)
     return cast(Solver, value)
+
+
+def _without_curvature(engine: AbstractEngine, solver: Any) -> None:
+    """Raises ValueError for a part that needs second derivatives."""
+    parts = (engine, solver) if engine.uses_solver else (engine,)
+    for part in parts:
+        name = type(part).__name__
+        measured = [setting for setting in part.measured if isinstance(getattr(part, setting), str)]
+        if part.second_order:
+            found, advice = name, f"Use {FIRST_ORDER} with numbers for their step sizes."
+            if part is solver:
+                advice = "Use LBFGS, or GradientDescent with a number for its learning_rate."
+        elif measured:
+            found = f"{name}({measured[0]}='auto')"
+            advice = f"Give {measured[0]} a number."
+        elif isinstance(part, AbstractEngine) and part.wants_estimate():
+            found, advice = f"{name}(estimate=True)", "Leave out the estimate."
+        else:
+            continue
+        raise ValueError(
+            f"the problem is declared with second_order=False, and {found} needs Hessian-vector products. "
+            f"{advice}"
+        )
 
 
 def problem(value: Any) -> Any:

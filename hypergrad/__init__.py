@@ -4,6 +4,7 @@ from hypergrad import optimality
 from hypergrad.amigo import FSLA, AmIGO, StocBiO
 from hypergrad.bamm import BAMM
 from hypergrad.base import AbstractEngine, BilevelProblem, Hypergradient, HypergradInfo
+from hypergrad.borep import BOREP
 from hypergrad.certificate import Constants
 from hypergrad.estimators import EMA, SAGA, SPIDER, STORM, AbstractEstimator, Plain
 from hypergrad.exact import Exact
@@ -17,12 +18,15 @@ from hypergrad.moreau import Moreau
 from hypergrad.one_step import OneStep
 from hypergrad.registry import ENGINES
 from hypergrad.root import implicit
+from hypergrad.series import BSA, MRBO, SUSTAIN, TTSA, VRBO
 from hypergrad.soba import SABA, SOBA, SRBA
 from hypergrad.unrolled import Unrolled
 
 __all__ = [
     "BAMM",
     "BOME",
+    "BOREP",
+    "BSA",
     "EMA",
     "ENGINES",
     "F2SA",
@@ -30,13 +34,17 @@ __all__ = [
     "FSLA",
     "GPBGD",
     "MEHA",
+    "MRBO",
     "SABA",
     "SAGA",
     "SOBA",
     "SPIDER",
     "SRBA",
     "STORM",
+    "SUSTAIN",
+    "TTSA",
     "VPBGD",
+    "VRBO",
     "AbstractEngine",
     "AbstractEstimator",
     "AmIGO",

@@ -106,6 +106,10 @@ class AbstractEngine(Settings):
     """Whether the derivative ignores how the inner solver got there (its start and its settings)."""
     uses_solver: ClassVar[bool] = True
     """Whether an inner solver moves `w`; else the engine does so itself."""
+    second_order: ClassVar[bool] = True
+    """Whether it needs second derivatives of the losses."""
+    measured: ClassVar[tuple[str, ...]] = ()
+    """Settings whose "auto" is measured by Hessian-vector products."""
     rewinds: ClassVar[bool] = True
     """Whether the driver keeps the state before a step that fails; costs a copy of the state per step."""
 

@@ -34,6 +34,8 @@ class AbstractEstimator(Settings):
     """Evaluations of the oracles per step."""
     needs_slots: ClassVar[bool] = False
     """Whether it needs numbered batches, or all of the data."""
+    has_table: ClassVar[bool] = False
+    """Whether it keeps oracles by slot, of one level."""
 
     @abc.abstractmethod
     def init(self, raw: Raw, point: Point, level: Level) -> Any:
@@ -152,6 +154,7 @@ class SAGA(AbstractEstimator):
     """
 
     needs_slots = True
+    has_table = True
 
     def init(self, raw: Raw, point: Point, level: Level) -> "_Table":
         zeros, slots = _zeros(raw, point, level), _slots(level)

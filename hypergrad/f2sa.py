@@ -75,6 +75,7 @@ class F2SA(AbstractEngine):
     estimate: bool | None = static(None)
 
     estimates = False
+    second_order = False
     needs_implicit = True
 
     def init(

@@ -1,7 +1,7 @@
 """What a stochastic estimator may ask of one level's data: a fresh batch, a numbered one, all of it."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import equinox as eqx
 import jax
@@ -123,6 +123,41 @@ def levels(
         return (first, inner.turn(own[1], count)) if pairs else first
 
     return Level(turn, inner, bits[0]), Level(lambda: outer.turn(own[2], count), outer, bits[1])
+
+
+class Both(NamedTuple):
+    """Batches of both levels, for oracles that join them."""
+
+    inner: Callable[[Array | int], Any]
+    """By number, each drawn independently."""
+    outer: Any
+    bits: Array
+    """For a number that the oracle draws, uint32."""
+    whole: bool
+    """Whether every batch is all of the data."""
+
+
+class _AllRows(NamedTuple):
+    data: Both
+
+
+def both_levels(problem: Any, key: Array, seeds: Array, count: Array, index: Array | int) -> Level:
+    """`levels` as one, whose batch is a `Both`; it has all of the data, but no slots."""
+    inner, outer = levels(problem, key, seeds, count, index)
+    own = seeds[index]
+    if inner.slots is not None and inner.slots.shuffled:
+        rows = inner.slots
+        draw = lambda number: rows.turn(mixed(own[0], jnp.asarray(number) + 1), count)
+    else:
+        # The batches of single oracles have the keys 0, 1, ... of this step.
+        draw = problem.inner_sampler(jax.random.fold_in(jax.random.fold_in(key, index), 1))
+    slots = None
+    if inner.slots is not None and outer.slots is not None:
+        below = inner.slots.data
+        slots = _AllRows(Both(lambda _: below, outer.slots.data, own[4], True))
+    return Level(
+        lambda: Both(draw, outer.draw(), mixed(own[3], count), False), cast(Any, slots), own[4]
+    )
 
 
 def mixed(seed: Array, count: Array | int) -> Array:

@@ -78,6 +78,8 @@ class Moreau(AbstractEngine):
     estimate: bool | None = static(None)
 
     estimates = False
+    second_order = False
+    measured = ("gamma",)
     needs_implicit = True
 
     def __check_init__(self) -> None:

@@ -3,6 +3,7 @@
 from hypergrad.amigo import FSLA, AmIGO, StocBiO
 from hypergrad.bamm import BAMM
 from hypergrad.base import AbstractEngine
+from hypergrad.borep import BOREP
 from hypergrad.exact import Exact
 from hypergrad.f2sa import F2SA
 from hypergrad.f3sa import F3SA
@@ -12,6 +13,7 @@ from hypergrad.joint_penalty import BOME, GPBGD, VPBGD
 from hypergrad.meha import MEHA
 from hypergrad.moreau import Moreau
 from hypergrad.one_step import OneStep
+from hypergrad.series import BSA, MRBO, SUSTAIN, TTSA, VRBO
 from hypergrad.soba import SABA, SOBA, SRBA
 from hypergrad.unrolled import Unrolled
 
@@ -37,6 +39,12 @@ ENGINES: dict[str, type[AbstractEngine]] = {
         SABA,
         SOBA,
         SRBA,
+        BOREP,
+        BSA,
+        MRBO,
+        SUSTAIN,
+        TTSA,
+        VRBO,
     )
 }
 """The lower-case class name of each engine."""

@@ -8,7 +8,7 @@ of the cycle, by the direction that the last stage returns.
 
 import abc
 from collections.abc import Callable
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -18,7 +18,7 @@ from jax import Array
 from hypergrad.base import AbstractEngine, BilevelProblem, Hypergradient, Solver, make_info
 from hypergrad.derivatives import hessian_product
 from hypergrad.estimators import AbstractEstimator, Oracles, Point, Raw
-from hypergrad.levels import levels, seeds
+from hypergrad.levels import Level, both_levels, levels, seeds
 from solvers import SolveInfo, Status, tree
 from solvers.fields import Number, cast
 from solvers.linear.spectrum import largest_eigenvalue
@@ -37,6 +37,10 @@ class Stage(NamedTuple):
     """What they do: both levels' estimates at the point before the move."""
     times: int = 1
     """How often in a row, each time on fresh batches."""
+    turns: Callable[[Array], Array] | None = None
+    """How often of these it is in fact, by the number of the cycle; then it reports nothing."""
+    joint: bool = False
+    """Whether `inner` gets a `Both`, batches of both levels, and `outer` nothing."""
 
 
 class Move(NamedTuple):
@@ -45,7 +49,7 @@ class Move(NamedTuple):
     point: Point
     """New values of some variables, never of `lam`."""
     report: dict[str, Array] = {}  # noqa: RUF012
-    """Some of "residual" and "adjoint_residual"."""
+    """Some of "residual", "adjoint_residual", and "products" where that is not always `cost().hvps`."""
     grad: Tree | None = None
     """The direction for `lam`."""
 
@@ -77,8 +81,8 @@ class AbstractSingleLoop(AbstractEngine):
     needs_implicit = True
     uses_solver = False
     rewinds = False  # a table is updated in place: there is no old one to go back to
-    second_order: ClassVar[bool] = False
-    """Whether it needs Hessian-vector products."""
+    second_order = False
+    measured = ("step_size",)
 
     def __check_init__(self) -> None:
         if isinstance(self.step_size, str) and self.step_size != "auto":
@@ -123,16 +127,28 @@ class AbstractSingleLoop(AbstractEngine):
         point = own | {"w": w, "lam": lam}
         stages, count = self.stages(problem, size), jnp.int32(-1)
         order = seeds(jax.random.fold_in(key, 3), sum(stage.times for stage in stages))
-        inner, outer = levels(problem, key, order, count, 0, self.pairs)
-        memory = tuple(
-            (
-                self.estimator.init(stage.inner, point, inner),
-                self.estimator.init(stage.outer, point, outer),
-            )
-            for stage in stages
-        )
+        memory = []
+        for stage in stages:
+            inner, outer = self._data(stage, problem, key, order, count, 0)
+            start = self.estimator.init
+            memory.append((start(stage.inner, point, inner), start(stage.outer, point, outer)))
         limit = 1e8 * (1 + tree.norm(own | {"w": w}))
-        return _State(own, memory, size, limit, order, count + 1)
+        return _State(own, tuple(memory), size, limit, order, count + 1)
+
+    def _data(
+        self,
+        stage: Stage,
+        problem: BilevelProblem,
+        key: Array,
+        order: Array,
+        count: Array,
+        index: Any,
+    ) -> tuple[Level, Level]:
+        """What the inner and the outer oracles of a stage see."""
+        if stage.joint:
+            level = both_levels(problem, key, order, count, index)
+            return level, level
+        return levels(problem, key, order, count, index, self.pairs)
 
     def step(
         self,
@@ -149,14 +165,13 @@ class AbstractSingleLoop(AbstractEngine):
         stages = self.stages(problem, size)
         point, memory = {"lam": lam, "w": w} | state.own, list(state.memory)
         report: dict[str, Any] = {}
-        place = 0
+        place, missed = 0, jnp.int32(0)
         for index, stage in enumerate(stages):
             first = place
 
             def take(turn: Array | int, point: Point, memory: Any, stage=stage, first=first):
-                inner, outer = levels(
-                    problem, key, state.order, state.count, first + turn, self.pairs
-                )
+                place = problem, key, state.order, state.count, first + turn
+                inner, outer = self._data(stage, *place)
                 below, on_inner, inner_memory = self.estimator(stage.inner, point, inner, memory[0])
                 above, on_outer, outer_memory = self.estimator(stage.outer, point, outer, memory[1])
                 move = stage.move(below | above, point)
@@ -165,7 +180,17 @@ class AbstractSingleLoop(AbstractEngine):
                     found["grad"] = move.grad
                 return point | move.point, (inner_memory, outer_memory), found
 
-            if stage.times == 1:
+            if stage.turns is not None:
+                turns = stage.turns(state.count)
+                missed += stage.times - turns
+                point, memory[index] = jax.lax.fori_loop(
+                    0,
+                    turns,
+                    lambda turn, carry, take=take: take(turn, *carry)[:2],
+                    (point, memory[index]),
+                )
+                found = {}
+            elif stage.times == 1:
                 point, memory[index], found = take(0, point, memory[index])
             else:
                 shapes = jax.eval_shape(lambda p, m: take(0, p, m)[2], point, memory[index])
@@ -184,7 +209,7 @@ class AbstractSingleLoop(AbstractEngine):
         grad = report["grad"]
         count, residual = self.cost(), report["residual"]
         status = where(~jnp.isfinite(report["inner_value"]), Status.NONFINITE)
-        inner = SolveInfo(report["inner_value"], residual, jnp.int32(count.gradients), status)
+        inner = SolveInfo(report["inner_value"], residual, count.gradients - missed, status)
         grown = tree.norm(own | {"w": w})
         info = make_info(
             report["outer_value"],
@@ -193,7 +218,7 @@ class AbstractSingleLoop(AbstractEngine):
             where(grown > state.limit, Status.DIVERGED),
             where(~jnp.isfinite(grown), Status.NONFINITE),
             adjoint_residual=report.get("adjoint_residual"),
-            adjoint_steps=count.hvps,
+            adjoint_steps=report.get("products", count.hvps),
         )
         after = _State(own, tuple(memory), size, state.limit, state.order, state.count + 1)
         return Hypergradient(grad, w, info), after

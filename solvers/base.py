@@ -29,6 +29,10 @@ class AbstractInnerSolver(Settings):
     minibatches: ClassVar[bool] = True
     """Whether each step may see another batch; else one batch serves the whole solve."""
 
+    second_order: ClassVar[bool] = False
+    """Whether it needs Hessian-vector products."""
+    measured: ClassVar[tuple[str, ...]] = ()
+    """Settings whose "auto" is measured by Hessian-vector products."""
     symmetric: ClassVar[bool] = True
     """Whether the Jacobian of `optimality` is symmetric."""
     proximal: ClassVar[bool] = False

@@ -26,6 +26,7 @@ class GradientDescent(AbstractInnerSolver):
     tol: Number | None = number(None, low=0.0)
     nesterov: bool = static(False)
 
+    measured = ("learning_rate",)
     lagged = True
 
     def __check_init__(self) -> None:

@@ -33,6 +33,7 @@ class Newton(AbstractInnerSolver):
     tol: Number | None = number(None, low=0.0)
     linear_solver: AbstractLinearSolver | None = None
 
+    second_order = True
     unrollable = False
     minibatches = False
 

@@ -52,6 +52,7 @@ class ProximalGradient(AbstractInnerSolver):
     learning_rate: Number | str = number("auto", low=0.0, strict=True)
     accelerate: bool = static(True)
 
+    measured = ("learning_rate",)
     proximal = True
 
     def __check_init__(self) -> None:

@@ -25,6 +25,8 @@ NUMBERS |= {
     bl.AmIGO: NUMBERS[bl.SOBA],
     bl.StocBiO: NUMBERS[bl.SOBA],
     bl.FSLA: NUMBERS[bl.SOBA],
+    **dict.fromkeys((bl.TTSA, bl.BSA, bl.MRBO, bl.SUSTAIN, bl.VRBO), NUMBERS[bl.SOBA]),
+    bl.BOREP: {**NUMBERS[bl.SOBA], "radius": (0.5, 0.6)},
     bl.VPBGD: {"step_size": (0.2, 0.3), "penalty": (5.0, 6.0), "outer_step": (0.1, 0.2)},
     bl.GPBGD: {"step_size": (0.01, 0.02), "penalty": (5.0, 6.0)},
     bl.BOME: {"step_size": (0.2, 0.3), "eta": (0.5, 0.6), "outer_step": (0.1, 0.2)},
