@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from bilevel.gradient import choose_lanes, hypergradient, memory, truncation
     from bilevel.log import scalars
     from bilevel.outer import HOAG, MAID, Adaptive
+    from bilevel.population import Population, run_population
     from bilevel.problem import Problem
     from bilevel.processes import gather
     from bilevel.result import BilevelError, History, Result, RunState
@@ -149,6 +150,7 @@ __all__ = [
     "OneStep",
     "OptaxSolver",
     "Plain",
+    "Population",
     "Problem",
     "ProximalGradient",
     "Result",
@@ -170,6 +172,7 @@ __all__ = [
     "optimality",
     "prox",
     "run",
+    "run_population",
     "scalars",
     "schedules",
     "transforms",
@@ -184,6 +187,7 @@ _HOMES = {
     "bilevel.gradient": {"choose_lanes", "hypergradient", "memory", "truncation"},
     "bilevel.log": {"scalars"},
     "bilevel.outer": {"HOAG", "MAID", "Adaptive"},
+    "bilevel.population": {"Population", "run_population"},
     "bilevel.problem": {"Problem"},
     "bilevel.processes": {"gather"},
     "bilevel.result": {"BilevelError", "History", "Result", "RunState"},

@@ -12,34 +12,27 @@ import optax
 from jax import Array
 from jax.sharding import Mesh
 
-from bilevel import in_order, lane_choice, processes, sharding, transforms, validation
+from bilevel import lane_choice, outer_steps, processes, sharding, validation
 from bilevel import retries as retrying
-from bilevel.calls import can_estimate, engine_step, estimated, init_engine
 from bilevel.checkpoint import Saved, opened
-from bilevel.choice import resolved
 from bilevel.footprint import fitted
 from bilevel.log import Log
-from bilevel.outer.base import Evaluation, OuterMethod, at_accuracy, check
+from bilevel.outer.base import OuterMethod
 from bilevel.pool import with_pool
+from bilevel.prepared import prepared
 from bilevel.problem import shuffled
 from bilevel.progress import Progress, work
 from bilevel.result import (
-    Best,
     BilevelError,
     History,
     Result,
     RunState,
     join,
-    packed,
-    record,
-    unpacked,
     verdict,
 )
-from hypergrad import AbstractEngine, BilevelProblem, Hypergradient
+from hypergrad import AbstractEngine, BilevelProblem
 from hypergrad.base import Solver
-from solvers import Status, tree
-from solvers.optax_solver import optax_init, optax_update
-from solvers.static_function import StaticFunction
+from solvers import Status
 from solvers.types import Tree
 
 
@@ -110,17 +103,8 @@ def run(
 
     Raises TypeError or ValueError for bad input, before any compute.
     """
-    problem = sharding.spread(validation.problem(problem), mesh)
-    engine, solver = resolved(engine, solver, problem, lam, w, key)
-    engine = validation.engine(engine)
-    solver = validation.stepping(validation.solver(solver, engine, problem))
-    key = jax.random.key(0) if key is None else key
-    lam = validation.variables("lam", lam)
-    w = validation.start(problem, w, lam, key)
-    if validation.is_traced(problem, lam, w, solver, engine, key):
-        raise TypeError(
-            "run works from Python, between compiled chunks: do not call it inside jit."
-        )
+    given = prepared(problem, lam, w, solver, engine, outer, transform, key, mesh, retries)
+    engine, problem, solver, rule, scales, w, lam, key = given
     num_steps = validation.count("num_steps", num_steps, 0)
     chunk = (
         min(max(num_steps // 10, 1), 100) if chunk is None else validation.count("chunk", chunk, 1)
@@ -129,26 +113,6 @@ def run(
         estimate_every = validation.count("estimate_every", estimate_every, 1)
     if patience is not None:
         patience = validation.count("patience", patience, 1)
-    outer = optax.adam(1e-1) if outer is None else outer
-    if isinstance(outer, OuterMethod):
-        check(problem, solver, engine)
-        if retries:
-            raise TypeError(
-                "retries=... halves the steps of an optax rule; an outer method has none."
-            )
-    elif not isinstance(outer, optax.GradientTransformation):
-        raise TypeError(
-            "outer must be an optax rule such as optax.adam(1e-1) or an outer method such as "
-            f"bilevel.Adaptive(), got {outer!r}."
-        )
-    elif validation.count("retries", retries, 0):
-        outer = retrying.shortening(outer)
-    scales = transforms.broadcast(transform, lam)
-    transforms.check_domain(scales, lam)
-    validation.losses(problem, w, lam)
-    w, (lam, key) = sharding.by_task(problem, w), sharding.on_all(problem, (lam, key))
-
-    rule = outer if isinstance(outer, OuterMethod) else StaticFunction(outer)
     stopped = "num_steps"
     team = processes.team(getattr(problem, "mesh", None))
     first = team.first
@@ -160,11 +124,11 @@ def run(
         problem = lane_choice.settled(engine, problem, solver, w, lam, key, notes)
         problem = shuffled(problem, key)
         start = (problem, solver, engine, rule, scales, w, lam, key)
-        like = eqx.filter_eval_shape(_first_state, *start) if state is None else state
-        empty = _empty_record(problem, solver, engine, like, key)
+        like = eqx.filter_eval_shape(outer_steps.first_state, *start) if state is None else state
+        empty = outer_steps.empty_record(problem, solver, engine, like, key)
         saved = None if store is None else store.load(like, empty)
         if saved is None:
-            state = _first_state(*start) if state is None else state
+            state = outer_steps.first_state(*start) if state is None else state
             saved = Saved(state, (), int(state.step), 0)
         begin = saved.begin
         journal.start(begin, saved.history, resume)
@@ -188,8 +152,8 @@ def run(
                     state = sharding.placed(problem, state)
                     args = (problem, solver, rule, scales, state, key, *sizes)
                     if getattr(engine, "memory_budget", None) is not None:
-                        engine = fitted(_chunk, engine, *args).engine
-                    state, buffer, taken = _program(engine)(engine, *args)
+                        engine = fitted(outer_steps.take_steps, engine, *args).engine
+                    state, buffer, taken = outer_steps.program(engine)(engine, *args)
                     rows = jax.tree.map(lambda leaf, n=int(taken): np.asarray(leaf)[:n], buffer)
                     done += int(taken)
                     state = retrying.again(problem, scales, state, retries)
@@ -218,7 +182,7 @@ def run(
     if worst <= Status.MAX_STEPS and len(history.status):
         worst = int(history.status[-1])
     result = Result(
-        lam=_point(rule, scales, state),
+        lam=outer_steps.point(rule, scales, state),
         w=state.w,
         history=history,
         status=Status(worst),
@@ -230,165 +194,3 @@ def run(
     if throw and worst != Status.OK:
         raise BilevelError(worst, f"run: outer step {begin + len(history.status) - 1}", result)
     return result
-
-
-@eqx.filter_jit
-def _first_state(problem, solver, engine, rule, scales, w, lam, key) -> RunState:
-    u = transforms.inverse(scales, lam)
-    infinity = jnp.full((), jnp.inf, tree.accumulation_dtype(w))
-    return RunState(
-        step=jnp.int32(0),
-        lam=lam,
-        w=w,
-        engine=init_engine(problem, solver, engine, w, lam, key),
-        outer=rule.init(tree.flatten(u)[0])
-        if isinstance(rule, OuterMethod)
-        else optax_init(rule, u),
-        best=Best(lam, w, infinity, jnp.int32(-1)),
-        worst=jnp.int32(Status.OK),
-    )
-
-
-def _empty_record(problem, solver, engine, state, key) -> History:
-    h, _ = eqx.filter_eval_shape(
-        engine_step, problem, solver, engine, state.w, state.lam, state.engine, key, state.step
-    )
-    return eqx.filter_eval_shape(record, h)
-
-
-def _steps(
-    engine,
-    problem,
-    solver,
-    rule,
-    scales,
-    state: RunState,
-    key: Array,
-    length: Array,
-    estimate: Array,
-    size: int,
-) -> tuple[RunState, History, Array]:
-    """`length <= size` outer steps (fewer where one fails), their history, and how many were taken.
-
-    `estimate`, boolean of shape (): whether the last step gets an error estimate.
-    """
-
-    def engine_at(state: RunState):
-        step_key = jax.random.fold_in(key, state.step)
-        own = (solver, engine)
-        if isinstance(rule, OuterMethod):
-            own = at_accuracy(rule, state.outer, solver, engine)
-        return engine_step(problem, *own, state.w, state.lam, state.engine, step_key, state.step)
-
-    def is_open(carry) -> Array:
-        state, *_, taken = carry
-        return (taken < length) & (state.worst <= Status.MAX_STEPS)
-
-    judged = can_estimate(problem, solver, engine) and not isinstance(rule, OuterMethod)
-
-    def body(carry):
-        state, _, buffer, taken = carry
-        h, engine_state = engine_at(state)
-        buffer = {
-            dtype: jax.lax.dynamic_update_index_in_dim(buffer[dtype], row, taken, 0)
-            for dtype, row in packed(record(h)).items()
-        }
-        good = h.info.status <= Status.MAX_STEPS
-        lam, outer_state, value = _outer_step(problem, rule, scales, state, h)
-        value = value.astype(state.best.outer_value.dtype)
-        better = good & (value < state.best.outer_value)
-        best = tree.where(better, Best(state.lam, h.w, value, state.step), state.best)
-        worst = jnp.where(good, state.worst, h.info.status)
-        moved = RunState(state.step + 1, lam, h.w, engine_state, outer_state, best, worst)
-        # A hypergradient that cannot be trusted moves nothing.
-        stayed = state._replace(step=state.step + 1, worst=worst)
-        if not engine.rewinds:
-            stayed = stayed._replace(engine=engine_state)
-        last = (state.lam, h) if judged else None
-        return _select(good, moved, stayed), last, buffer, taken + 1
-
-    h_shape, _ = eqx.filter_eval_shape(engine_at, state)
-    empty = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), h_shape)
-    entries = record(empty)
-    buffer = {
-        dtype: jnp.zeros((size, *row.shape), row.dtype) for dtype, row in packed(entries).items()
-    }
-    last = (state.lam, empty) if judged else None
-    state, last, buffer, taken = jax.lax.while_loop(
-        is_open, body, (state, last, buffer, jnp.int32(0))
-    )
-    history = unpacked(buffer, entries)
-
-    def with_verdict() -> tuple[Array, History]:
-        assert last is not None
-        (lam, h), step = last, state.step - 1
-        step_key = jax.random.fold_in(key, step)
-        info = estimated(problem, solver, engine, lam, h, state.engine, step_key, step).info
-        index = taken - 1
-        rows = history._replace(
-            error_estimate=history.error_estimate.at[index].set(info.error_estimate),
-            curvature=history.curvature.at[index].set(info.curvature),
-            status=history.status.at[index].set(info.status),
-        )
-        worst = jnp.where(info.status > Status.MAX_STEPS, info.status, jnp.int32(0))
-        return jnp.maximum(state.worst, worst), rows
-
-    if judged:
-        worst, history = jax.lax.cond(estimate, with_verdict, lambda: (state.worst, history))
-        state = state._replace(worst=worst)
-    return state, history, taken
-
-
-_chunk = eqx.filter_jit(_steps)
-_chunk_in_order = in_order.jit(_steps)
-
-
-def _program(engine: AbstractEngine) -> Callable[..., tuple[RunState, History, Array]]:
-    """Short steps, those of engines that solve nothing, run their operations in order."""
-    return _chunk if engine.uses_solver or not in_order.known() else _chunk_in_order
-
-
-def _outer_step(
-    problem, rule, scales, state: RunState, h: Hypergradient
-) -> tuple[Tree, Any, Array]:
-    """One step of the outer rule on the unconstrained scale, then the projection on the natural one.
-
-    Also the value to compare points by: of an outer method, corrected and infinite where it did not accept.
-    """
-    project_natural = getattr(problem, "outer_projection", None) or (lambda lam: lam)
-    u = transforms.inverse(scales, state.lam)
-    _, pull_back = jax.vjp(lambda u: transforms.forward(scales, u), u)
-    grad = pull_back(h.grad)[0]
-    if isinstance(rule, OuterMethod):
-        flat, unflatten = tree.flatten(u)
-        info = h.info
-        numbers = (info.error_estimate, info.outer_value, info.corrected_value)
-        numbers = tuple(x.astype(flat.dtype) for x in (*numbers, info.inner.residual))
-        at = Evaluation(flat, tree.flatten(grad)[0], *numbers)
-
-        def project(flat: Array) -> Array:
-            lam = project_natural(transforms.forward(scales, unflatten(flat)))
-            return tree.flatten(transforms.inverse(scales, lam))[0]
-
-        flat, outer_state = rule.update(at, state.outer, project)
-        u = unflatten(flat)
-        accepted = jnp.all(rule.point(outer_state) == at.u)
-        value = jnp.where(accepted, at.corrected, jnp.inf)
-    else:
-        u, outer_state = optax_update(rule, grad, state.outer, u)
-        value = h.info.outer_value
-    return project_natural(transforms.forward(scales, u)), outer_state, value
-
-
-@eqx.filter_jit
-def _point(rule, scales, state: RunState) -> Tree:
-    """The outer variable of the result: an outer method may just have been about to try another."""
-    if not isinstance(rule, OuterMethod):
-        return state.lam
-    _, unflatten = tree.flatten(transforms.inverse(scales, state.lam))
-    return transforms.forward(scales, unflatten(rule.point(state.outer)))
-
-
-def _select(condition: Array, x: Any, y: Any) -> Any:
-    """`where` for trees that may hold random keys; an array that is in both is taken as it is."""
-    return jax.tree.map(lambda a, b: a if a is b else jax.lax.select(condition, a, b), x, y)

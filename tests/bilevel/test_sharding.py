@@ -15,7 +15,7 @@ import os, sys, tempfile
 os.environ["XLA_FLAGS"] += " --xla_force_host_platform_device_count=8"
 import jax, jax.numpy as jnp, numpy as np, optax
 import bilevel as bl
-from bilevel import driver
+from bilevel import outer_steps
 
 cache, sys.path[:0] = sys.argv[1], sys.argv[2:]
 if cache:
@@ -44,7 +44,7 @@ h = bl.hypergradient(tasks, lam, w, **settings)
 second = bl.hypergradient(tasks, lam - 0.1 * h.grad, h.w, **settings)
 h8 = bl.hypergradient(tasks, lam, w, mesh=mesh, **settings)
 r8 = bl.run(tasks, lam, w, num_steps=2, chunk=1, outer=optax.sgd(0.1), mesh=mesh, **settings)
-assert driver._chunk._cached._cache_size() == 1  # the second chunk compiles nothing
+assert outer_steps.take_steps._cached._cache_size() == 1  # the second chunk compiles nothing
 statuses = np.asarray(h.info.tasks.status)
 assert set(statuses) == {0, 1}, h.info.tasks.inner.num_steps
 np.testing.assert_array_equal(h8.info.tasks.status, statuses)
@@ -64,7 +64,7 @@ with tempfile.TemporaryDirectory() as folder:
     bl.run(tasks, lam, w, num_steps=1, **kept)
     resumed = bl.run(tasks, lam, w, num_steps=2, resume=True, **kept)
 jax.tree.map(np.testing.assert_array_equal, (resumed.state, resumed.history), (r8.state, r8.history))
-assert driver._chunk._cached._cache_size() == 1
+assert outer_steps.take_steps._cached._cache_size() == 1
 
 def batched(w, lam, batch):
     return inner(w, lam, batch[1]) - jnp.mean(batch[0] @ w)

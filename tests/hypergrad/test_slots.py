@@ -54,7 +54,7 @@ def test_table_estimate_is_unbiased(seed):
 
 def test_table_is_updated_in_place():
     """Every copy of a table in the compiled run is outside its loop."""
-    from bilevel import driver, transforms
+    from bilevel import outer_steps, transforms
     from solvers.static_function import StaticFunction
 
     case = problems.make("quadratic", n=26)
@@ -65,16 +65,18 @@ def test_table_is_updated_in_place():
         jax.random.key(0),
     )
     problem, engine = shuffled(problem, key), bl.SABA(0.1)
-    state = driver._first_state(problem, None, engine, rule, scales, case.w, case.lam, key)
+    state = outer_steps.first_state(problem, None, engine, rule, scales, case.w, case.lam, key)
     sizes = jnp.int32(5), jnp.asarray(False), 5
     program = (
-        driver._program(engine)
+        outer_steps.program(engine)
         .lower(engine, problem, None, rule, scales, state, key, *sizes)
         .compile()
         .compiled.as_text()
     )
     # Its operations are in order: handed to other threads, such small ones cost twice as much.
-    other = driver._chunk.lower(engine, problem, None, rule, scales, state, key, *sizes).compile()
+    other = outer_steps.take_steps.lower(
+        engine, problem, None, rule, scales, state, key, *sizes
+    ).compile()
     assert program != other.compiled.as_text()
     copies, computation = [], ""
     for line in program.splitlines():
