@@ -79,8 +79,10 @@ def test_meta_sinusoid(tmp_path):
 
 def test_learn_schedule(tmp_path):
     found = run("learn_schedule", tmp_path)
-    for losses in (found["validation_loss"], found["test_loss"]):
-        assert np.mean(losses["learned"]) < 0.9 * np.mean(losses["constant"])
+    losses = found["validation_loss"]
+    assert np.mean(losses["learned"]) < 0.97 * np.mean(losses["grid"])
+    # Measured 3: a hiccup of the machine is no failure, another derivative is.
+    assert found["cost"]["outer_step_over_training"] < 7
 
 
 def test_distill_digits(tmp_path):
