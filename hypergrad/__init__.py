@@ -6,6 +6,7 @@ from hypergrad.bamm import BAMM
 from hypergrad.base import AbstractEngine, BilevelProblem, Hypergradient, HypergradInfo
 from hypergrad.certificate import Constants
 from hypergrad.estimators import EMA, SAGA, SPIDER, STORM, AbstractEstimator, Plain
+from hypergrad.evolution import ES
 from hypergrad.exact import Exact
 from hypergrad.f2sa import F2SA
 from hypergrad.f3sa import F3SA
@@ -25,6 +26,7 @@ __all__ = [
     "BOME",
     "EMA",
     "ENGINES",
+    "ES",
     "F2SA",
     "F3SA",
     "FSLA",

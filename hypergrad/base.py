@@ -170,6 +170,13 @@ def check_settings(name: str, solver: Solver, at: AbstractInnerSolver, state: An
         )
 
 
+def begin(problem: BilevelProblem, solver: Solver, w: Tree, lam: Tree, key: Array) -> Any:
+    """The first inner variable and the solver's state there."""
+    batch = problem.inner_sampler(key)(0)
+    first = problem.start(w, lam, batch)
+    return first, make_solver(solver, lam).init(problem.inner_objective(lam), first, batch)
+
+
 def make_solver(solver: Solver, lam: Tree) -> AbstractInnerSolver:
     """The inner solver at this outer variable."""
     return solver if isinstance(solver, AbstractInnerSolver) else solver(lam)

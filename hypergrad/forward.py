@@ -13,6 +13,7 @@ from hypergrad.base import (
     BilevelProblem,
     Hypergradient,
     Solver,
+    begin,
     check_proximal,
     check_settings,
     has_prox,
@@ -122,7 +123,7 @@ class Forward(AbstractEngine):
 
         code = jnp.int32(Status.OK)
         if self.directions == "guess":
-            carry = steps(lam, _begin(problem, solver, w, lam, key), total - 1, 0)
+            carry = steps(lam, begin(problem, solver, w, lam, key), total - 1, 0)
 
             def last(lam: Tree) -> Array:
                 return problem.outer(steps(lam, carry, 1, total - 1)[0], lam, outer_batch)
@@ -195,8 +196,8 @@ class Forward(AbstractEngine):
     ) -> "_Running":
         """The first state and its tangents along these directions of lam."""
         flat, unflatten = tree.flatten(lam)
-        begin = lambda flat: _parted(_begin(problem, solver, w, unflatten(flat), key))
-        along = lambda v: jax.jvp(begin, (flat,), (v,), has_aux=True)
+        start = lambda flat: _parted(begin(problem, solver, w, unflatten(flat), key))
+        along = lambda v: jax.jvp(start, (flat,), (v,), has_aux=True)
         floats, moved, others = jax.vmap(along, out_axes=(None, 0, None))(tangents)
         if self.max_growth is not None:
             first, inner = moved
@@ -224,12 +225,6 @@ def _parted(carry: Any) -> tuple[Any, Any]:
 
 def _joined(floats: Any, others: Any) -> Any:
     return eqx.combine(floats, others)
-
-
-def _begin(problem: BilevelProblem, solver: Solver, w: Tree, lam: Tree, key: Array) -> Any:
-    batch = problem.inner_sampler(key)(0)
-    first = problem.start(w, lam, batch)
-    return first, make_solver(solver, lam).init(problem.inner_objective(lam), first, batch)
 
 
 def _set_last(tangents: Tree, key: Array) -> Tree:
