@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from bilevel.outer import HOAG, MAID, Adaptive
     from bilevel.problem import Problem
     from bilevel.result import BilevelError, History, Result, RunState
+    from bilevel.smoothness import Metasmoothness, metasmoothness
     from bilevel.tasks import Tasks
     from hypergrad import (
         BAMM,
@@ -128,6 +129,7 @@ __all__ = [
     "JaxoptSolver",
     "Mapping",
     "Memory",
+    "Metasmoothness",
     "Moreau",
     "Neumann",
     "Newton",
@@ -152,6 +154,7 @@ __all__ = [
     "hypergradient",
     "implicit",
     "memory",
+    "metasmoothness",
     "optimality",
     "prox",
     "run",
@@ -169,6 +172,7 @@ _HOMES = {
     "bilevel.outer": {"HOAG", "MAID", "Adaptive"},
     "bilevel.problem": {"Problem"},
     "bilevel.result": {"BilevelError", "History", "Result", "RunState"},
+    "bilevel.smoothness": {"Metasmoothness", "metasmoothness"},
     "bilevel.tasks": {"Tasks"},
     "hypergrad": {
         "BAMM",
