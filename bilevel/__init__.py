@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from bilevel.problem import Problem
     from bilevel.result import BilevelError, History, Result, RunState
     from bilevel.smoothness import Metasmoothness, metasmoothness
+    from bilevel.snapshots import replay
     from bilevel.tasks import Tasks
     from hypergrad import (
         BAMM,
@@ -157,6 +158,7 @@ __all__ = [
     "metasmoothness",
     "optimality",
     "prox",
+    "replay",
     "run",
     "schedules",
     "transforms",
@@ -173,6 +175,7 @@ _HOMES = {
     "bilevel.problem": {"Problem"},
     "bilevel.result": {"BilevelError", "History", "Result", "RunState"},
     "bilevel.smoothness": {"Metasmoothness", "metasmoothness"},
+    "bilevel.snapshots": {"replay"},
     "bilevel.tasks": {"Tasks"},
     "hypergrad": {
         "BAMM",
