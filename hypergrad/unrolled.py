@@ -50,7 +50,8 @@ class Unrolled(AbstractEngine):
     `info.error_estimate` says how far it is from the derivative of the converged one.
 
     `levels` is how much is recomputed instead of stored: 1 keeps the state before each of the T steps; 2 about
-    2 sqrt(T) states, for one more forward pass; L about L T^(1/L) states, for L - 1 more.
+    2 sqrt(T) states, for one more forward pass; L about L T^(1/L) states, for L - 1 more. From 256 steps on and
+    L > 1, a few steps whose intermediates are small store them together, and count as one.
     `checkpoint=False` stores all intermediates. `memory_budget="2GB"` (or bytes)
     replaces `levels`: before it runs, `hypergradient` or `run` compiles with 1, 2, ... levels and takes the
     first whose memory fits, by XLA's own account; where none does they raise ValueError.
