@@ -17,7 +17,8 @@ import jax
 from PIL import Image
 
 ROOT = Path(__file__).parents[1]
-NAMES = ["tune_ridge", "clean_labels", "meta_sinusoid", "learn_schedule", "distill_digits"]
+NAMES = ["tune_ridge", "clean_labels", "meta_sinusoid", "learn_schedule", "online_rates"]
+NAMES += ["distill_digits"]
 
 
 def main() -> None:

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from bilevel.problem import Problem
     from bilevel.processes import gather
     from bilevel.result import BilevelError, History, Result, RunState
+    from bilevel.smoothness import Metasmoothness, metasmoothness
+    from bilevel.snapshots import replay
     from bilevel.tasks import Tasks
     from hypergrad import (
         BAMM,
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
         BOREP,
         BSA,
         EMA,
+        ES,
         F2SA,
         F3SA,
         FSLA,
@@ -96,6 +99,7 @@ __all__ = [
     "BSA",
     "CG",
     "EMA",
+    "ES",
     "F2SA",
     "F3SA",
     "FSLA",
@@ -142,6 +146,7 @@ __all__ = [
     "JaxoptSolver",
     "Mapping",
     "Memory",
+    "Metasmoothness",
     "Moreau",
     "Neumann",
     "Newton",
@@ -169,8 +174,10 @@ __all__ = [
     "hypergradient",
     "implicit",
     "memory",
+    "metasmoothness",
     "optimality",
     "prox",
+    "replay",
     "run",
     "run_population",
     "scalars",
@@ -191,6 +198,8 @@ _HOMES = {
     "bilevel.problem": {"Problem"},
     "bilevel.processes": {"gather"},
     "bilevel.result": {"BilevelError", "History", "Result", "RunState"},
+    "bilevel.smoothness": {"Metasmoothness", "metasmoothness"},
+    "bilevel.snapshots": {"replay"},
     "bilevel.tasks": {"Tasks"},
     "hypergrad": {
         "BAMM",
@@ -198,6 +207,7 @@ _HOMES = {
         "BOREP",
         "BSA",
         "EMA",
+        "ES",
         "F2SA",
         "F3SA",
         "FSLA",

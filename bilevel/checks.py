@@ -96,7 +96,7 @@ def check(
       problem, lam, w, key: as in `hypergradient`.
       solver: inner solver for the engines that take any; the others, and None, use their defaults.
       engines: names, or engines by a name of yours; None is all that are registered
-        and work with an inner solver, but for `Exact`, the oracle.
+        and work with an inner solver, but for `Exact`, the oracle, and `ES`, whose error is noise.
       step: length of the differences relative to `1 + ||lam||`; shortened so that no entry of `lam` moves by
         more than a tenth of itself.
 
@@ -161,8 +161,9 @@ def check(
 
 def _engines(engines: Any) -> dict[str, AbstractEngine]:
     if engines is None:
-        # One step of a single-loop method is no hypergradient to compare.
-        engines = [name for name, kind in ENGINES.items() if kind.uses_solver and name != "exact"]
+        # One step of a single-loop method is no hypergradient to compare; an evolution strategy is noise.
+        engines = [name for name, kind in ENGINES.items() if kind.uses_solver]
+        engines = [name for name in engines if name not in ("exact", "es")]
     if isinstance(engines, str):
         raise TypeError(f"engines must be several names or a mapping, got the string {engines!r}.")
     if isinstance(engines, Mapping):

@@ -7,6 +7,7 @@ from hypergrad.base import AbstractEngine, BilevelProblem, Hypergradient, Hyperg
 from hypergrad.borep import BOREP
 from hypergrad.certificate import Constants
 from hypergrad.estimators import EMA, SAGA, SPIDER, STORM, AbstractEstimator, Plain
+from hypergrad.evolution import ES
 from hypergrad.exact import Exact
 from hypergrad.f2sa import F2SA
 from hypergrad.f3sa import F3SA
@@ -29,6 +30,7 @@ __all__ = [
     "BSA",
     "EMA",
     "ENGINES",
+    "ES",
     "F2SA",
     "F3SA",
     "FSLA",

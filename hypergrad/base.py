@@ -4,10 +4,21 @@ import abc
 from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 
-from solvers import LBFGS, AbstractInnerSolver, Objective, Sampler, SolveInfo, Status, tree
+from solvers import (
+    LBFGS,
+    AbstractInnerSolver,
+    GradientDescent,
+    Objective,
+    OptaxSolver,
+    Sampler,
+    SolveInfo,
+    Status,
+    tree,
+)
 from solvers.fields import Settings
 from solvers.status import combine, where
 from solvers.types import Tree
@@ -149,6 +160,25 @@ def check_proximal(solver: AbstractInnerSolver) -> None:
             f"the problem has an inner_prox, which {type(solver).__name__} would ignore. Use "
             "ProximalGradient."
         )
+
+
+def check_settings(name: str, solver: Solver, at: AbstractInnerSolver, state: Any) -> None:
+    """Raises ValueError where `lam` may act through a setting that was put into the state at the start."""
+    held = lambda node: hasattr(node, "hyperparams")
+    inject = any(map(held, jax.tree.leaves(state, is_leaf=held)))
+    known = isinstance(at, GradientDescent) or (isinstance(at, OptaxSolver) and not inject)
+    if not isinstance(solver, AbstractInnerSolver) and not known:
+        raise ValueError(
+            f"{name} with a solver made from lam needs settings that each step reads anew: "
+            "GradientDescent, or OptaxSolver with a schedule instead of optax.inject_hyperparams."
+        )
+
+
+def begin(problem: BilevelProblem, solver: Solver, w: Tree, lam: Tree, key: Array) -> Any:
+    """The first inner variable and the solver's state there."""
+    batch = problem.inner_sampler(key)(0)
+    first = problem.start(w, lam, batch)
+    return first, make_solver(solver, lam).init(problem.inner_objective(lam), first, batch)
 
 
 def make_solver(solver: Solver, lam: Tree) -> AbstractInnerSolver:

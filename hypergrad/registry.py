@@ -4,6 +4,7 @@ from hypergrad.amigo import FSLA, AmIGO, StocBiO
 from hypergrad.bamm import BAMM
 from hypergrad.base import AbstractEngine
 from hypergrad.borep import BOREP
+from hypergrad.evolution import ES
 from hypergrad.exact import Exact
 from hypergrad.f2sa import F2SA
 from hypergrad.f3sa import F3SA
@@ -20,6 +21,7 @@ from hypergrad.unrolled import Unrolled
 ENGINES: dict[str, type[AbstractEngine]] = {
     engine.__name__.lower(): engine
     for engine in (
+        ES,
         Exact,
         F2SA,
         Forward,

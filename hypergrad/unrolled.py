@@ -13,12 +13,13 @@ from hypergrad.base import (
     Hypergradient,
     Solver,
     check_proximal,
+    check_settings,
     has_prox,
     make_info,
     make_solver,
 )
 from hypergrad.derivatives import hessian_product
-from solvers import AbstractInnerSolver, GradientDescent, Mapping, OptaxSolver, Status, tree
+from solvers import AbstractInnerSolver, GradientDescent, Mapping, Status, tree
 from solvers.fields import Number, cast, number, static
 from solvers.loops import judge, run_steps
 from solvers.status import where
@@ -49,7 +50,8 @@ class Unrolled(AbstractEngine):
     `info.error_estimate` says how far it is from the derivative of the converged one.
 
     `levels` is how much is recomputed instead of stored: 1 keeps the state before each of the T steps; 2 about
-    2 sqrt(T) states, for one more forward pass; L about L T^(1/L) states, for L - 1 more.
+    2 sqrt(T) states, for one more forward pass; L about L T^(1/L) states, for L - 1 more. From 256 steps on and
+    L > 1, a few steps whose intermediates are small store them together, and count as one.
     `checkpoint=False` stores all intermediates. `memory_budget="2GB"` (or bytes)
     replaces `levels`: before it runs, `hypergradient` or `run` compiles with 1, 2, ... levels and takes the
     first whose memory fits, by XLA's own account; where none does they raise ValueError.
@@ -135,7 +137,7 @@ class Unrolled(AbstractEngine):
             weigh = lambda index: at.lam if weights is None else _scaled(at.lam, weights[index])
             first, inner_state = (cut if head else begin)(weigh(0))
             if weights is not None:
-                _check_settings(solver, first_solver, inner_state)
+                check_settings("Unrolled(mixture=...)", solver, first_solver, inner_state)
             steps = _Steps(problem, solver, at.lam, at.shift, weights, head)
             indexed = Sampler(lambda index: (index, sampler(index)), varies=sampler.varies)
             first = tree.add(first, at.first)
@@ -243,18 +245,6 @@ def _where_unchanged(leaf: Array, fresh: Array) -> Array:
     if not jnp.issubdtype(leaf.dtype, jnp.floating):
         return leaf
     return jnp.where(leaf == fresh, fresh, leaf)
-
-
-def _check_settings(solver: Solver, at: AbstractInnerSolver, state: Any) -> None:
-    """Raises ValueError where `lam` may act through a setting that was put into the state at the start."""
-    held = lambda node: hasattr(node, "hyperparams")
-    inject = any(map(held, jax.tree.leaves(state, is_leaf=held)))
-    known = isinstance(at, GradientDescent) or (isinstance(at, OptaxSolver) and not inject)
-    if not isinstance(solver, AbstractInnerSolver) and not known:
-        raise ValueError(
-            "Unrolled(mixture=...) with a solver made from lam needs settings that each step reads anew: "
-            "GradientDescent, or OptaxSolver with a schedule instead of optax.inject_hyperparams."
-        )
 
 
 def _scaled(x: Tree, weight: Array) -> Tree:

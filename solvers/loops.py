@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -180,7 +181,8 @@ def run_steps(
     before each step and recomputes what is inside the step. L > 1 also stores states only at blocks of b^(L-1),
     b^(L-2), ..., 1 steps, `b = floor(T^(1/L))`: about `L T^(1/L)` states live at once, for `L - 1` more forward
     passes (Griewank and Walther 2000). T need not be a power: the steps left over are its digits in
-    base b, each of them a scan, so no step is padded.
+    base b, each of them a scan, so no step is padded. With L > 1 and many steps a "step" here is a unit of a
+    few (`unit_steps`), whose intermediates are stored together: fewer states, for no more passes.
     """
 
     def step(carry: tuple[Tree, Any], index: Array) -> tuple[tuple[Tree, Any], None]:
@@ -192,11 +194,22 @@ def run_steps(
         carry, _ = jax.lax.scan(step, carry, start + jnp.arange(num_steps))
         return carry
 
-    base, levels = _base(num_steps, levels)
-    # blocks[j] runs base**j steps from an index, and stores nothing but where it begins.
-    blocks = [jax.checkpoint(step, prevent_cse=False)]
+    unit = 1 if levels == 1 else unit_steps(step, carry, num_steps, levels)
+    units = num_steps // unit
+    single = jax.checkpoint(step, prevent_cse=False)
+    together = single
+    if unit > 1:
+
+        def run_unit(carry: Any, index: Array) -> Any:
+            return jax.lax.scan(step, carry, index + jnp.arange(unit))
+
+        together = jax.checkpoint(run_unit, prevent_cse=False)
+
+    base, levels = _base(units, levels)
+    # blocks[j] runs base**j units from an index, and stores nothing but where it begins.
+    blocks = [together]
     for power in range(1, levels):
-        offsets = base ** (power - 1) * jnp.arange(base)
+        offsets = unit * base ** (power - 1) * jnp.arange(base)
 
         def block(carry: Any, index: Array, inner=blocks[-1], offsets=offsets) -> Any:
             return jax.lax.scan(inner, carry, index + offsets)
@@ -204,12 +217,39 @@ def run_steps(
         blocks.append(jax.checkpoint(block, prevent_cse=False))
     done = 0
     for power in reversed(range(levels)):
-        count = (num_steps - done) // base**power
+        count = (units - done) // base**power
         if count:
-            indices = start + done + base**power * jnp.arange(count)
+            indices = start + unit * (done + base**power * jnp.arange(count))
             carry, _ = jax.lax.scan(blocks[power], carry, indices)
         done += count * base**power
+    if num_steps % unit:
+        rest = start + unit * units + jnp.arange(num_steps % unit)
+        carry, _ = jax.lax.scan(single, carry, rest)
     return carry
+
+
+def unit_steps(step: Any, carry: Any, num_steps: int, levels: int) -> int:
+    """How many steps store their intermediates together: u with the least `L (T/u)^(1/L) s + u a`.
+
+    s is the size of a state and a that of one step's intermediates, as autodiff stores them (XLA may need
+    less). 1 below 256 steps, where little is to be gained for what another loop takes to compile.
+    """
+    if num_steps < 256:
+        return 1
+    floats, others = eqx.partition(carry, eqx.is_inexact_array)
+
+    def one(floats: Any) -> Any:
+        after, _ = step(eqx.combine(floats, others), jnp.asarray(0))
+        return eqx.filter(after, eqx.is_inexact_array)
+
+    stored = jax.eval_shape(lambda floats: jax.vjp(one, floats)[1], floats)
+    state, each = _num_bytes(floats), _num_bytes(stored)
+    cost = lambda u: levels * (num_steps / u) ** (1 / levels) * state + u * each
+    return min(range(1, 9), key=cost)
+
+
+def _num_bytes(tree: Any) -> int:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def _base(num_steps: int, levels: int) -> tuple[int, int]:

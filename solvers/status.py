@@ -39,7 +39,8 @@ _ADVICE = {
     Status.BREAKDOWN: (
         "the linear system of the adjoint is singular and its right-hand side lies outside the range: "
         "the inner solution does not depend smoothly on the outer variable. Add an l2 term to the inner "
-        "loss, or use `Implicit(damping=...)`, or an engine that needs no inverse (`Unrolled`)."
+        "loss, or use `Implicit(damping=...)`, or an engine that needs no inverse (`Unrolled`). "
+        "With `ES`: no perturbation of lam changed the outer loss; a larger `sigma`."
     ),
     Status.INDEFINITE: (
         "the inner Hessian has negative curvature, so the inner point is not a minimiser. Solve the "
@@ -51,7 +52,8 @@ _ADVICE = {
         "logarithm or square root at zero. When unrolling Adam or another rule with a square root, set "
         "`eps_root` (`optax.adam(..., eps_root=1e-8)`; larger where that is DIVERGED): a root has "
         "no derivative at a gradient entry that is zero; nor has clipping by the norm at a zero gradient "
-        "(clip by value, `optax.clip`, instead)."
+        "(clip by value, `optax.clip`, instead). With `ES` a perturbed lam may have left its domain: a smaller "
+        "`sigma`, or logarithms in lam."
     ),
 }
 

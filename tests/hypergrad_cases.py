@@ -69,3 +69,6 @@ SINGLE_LOOP = {
     "bome": bl.BOME(0.2, 0.5, 0.1, inner_steps=2),
 }
 """Engines that take one short cycle per outer step, as they are used; they have a contract of their own."""
+
+RANDOM = {"es": bl.ES(), "pes": bl.ES(persistent=True)}
+"""Engines whose result is noise around a gradient; they have tests of their own."""

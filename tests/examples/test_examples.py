@@ -9,7 +9,14 @@ import numpy as np
 import pytest
 
 EXAMPLES = pathlib.Path(__file__).parents[2] / "examples"
-NAMES = ("tune_ridge", "clean_labels", "meta_sinusoid", "learn_schedule", "distill_digits")
+NAMES = (
+    "tune_ridge",
+    "clean_labels",
+    "meta_sinusoid",
+    "learn_schedule",
+    "online_rates",
+    "distill_digits",
+)
 
 
 @pytest.fixture(autouse=True)
@@ -79,8 +86,17 @@ def test_meta_sinusoid(tmp_path):
 
 def test_learn_schedule(tmp_path):
     found = run("learn_schedule", tmp_path)
+    losses = found["validation_loss"]
+    assert np.mean(losses["learned"]) < 0.97 * np.mean(losses["grid"])
+    # Measured 3: a hiccup of the machine is no failure, another derivative is.
+    assert found["cost"]["outer_step_over_training"] < 7
+
+
+def test_online_rates(tmp_path):
+    found = run("online_rates", tmp_path)
     for losses in (found["validation_loss"], found["test_loss"]):
-        assert np.mean(losses["learned"]) < 0.9 * np.mean(losses["constant"])
+        assert np.mean(losses["tuned"]) < 0.4 * np.mean(losses["start"])
+        assert np.mean(losses["tuned"]) < 2 * np.mean(losses["grid"])
 
 
 def test_distill_digits(tmp_path):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import problems
 import pytest
-from hypergrad_cases import CASES, EXACT_LBFGS, SINGLE_LOOP
+from hypergrad_cases import CASES, EXACT_LBFGS, RANDOM, SINGLE_LOOP
 
 import bilevel as bl
 from hypergrad.estimate import assess
@@ -31,7 +31,8 @@ def relative(x, reference):
 
 
 def test_every_registered_engine_has_a_case():
-    engines = [case.engine for case in CASES.values()] + list(SINGLE_LOOP.values())
+    engines = [case.engine for case in CASES.values()]
+    engines += [*SINGLE_LOOP.values(), *RANDOM.values()]
     assert {type(engine).__name__.lower() for engine in engines} == set(ENGINES)
 
 

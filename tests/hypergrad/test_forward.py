@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import problems
 import pytest
 
@@ -84,3 +85,100 @@ def test_a_guess_of_zero_is_no_zero_gradient():
     problem = bl.Problem(inner, outer, inner_init=lambda lam, batch: lam)
     h = bl.hypergradient(problem, 2.0, engine=bl.Forward(directions="guess"), throw=False)
     assert int(h.info.status) == bl.Status.BREAKDOWN
+
+
+# Without reset: training and tuning at once
+
+RNG = np.random.default_rng(0)
+CURVATURE, MIX, TARGET = np.diag([0.3, 1.1, 2.0]), RNG.normal(size=(3, 2)), RNG.normal(size=3)
+SETTINGS = {"momentum": 0.6, "rate": 0.2, "shift": np.array([0.7, -1.3])}
+
+
+def shifted(w, lam, batch):
+    return 0.5 * w @ CURVATURE @ w - w @ (MIX @ lam["shift"])
+
+
+def distance(w, lam, batch):
+    return 0.5 * jnp.sum((w - TARGET) ** 2) + 0.1 * jnp.sum(lam["shift"] ** 2)
+
+
+def heavy_ball(lam):
+    return bl.GradientDescent(lam["rate"], momentum=lam["momentum"], max_steps=3)
+
+
+def from_lam(lam, batch):
+    return jnp.asarray([0.2, 0.1, -0.4]) * lam["shift"][0]
+
+
+ONLINE = bl.Problem(shifted, distance, inner_init=from_lam)
+
+
+def by_hand(num_calls, rate_of_lam):
+    """Z <- A Z + B by hand, three steps a call; the last derivative, and lam after its move."""
+    momentum, rate, shift = SETTINGS["momentum"], SETTINGS["rate"], SETTINGS["shift"]
+    w, m = np.array([0.2, 0.1, -0.4]) * shift[0], np.zeros(3)
+    Zw, Zm = np.zeros((3, 4)), np.zeros((3, 4))  # columns: momentum, rate, shift
+    Zw[:, 2] = [0.2, 0.1, -0.4]
+    for _ in range(num_calls):
+        for _ in range(3):
+            g, Zg = CURVATURE @ w - MIX @ shift, CURVATURE @ Zw
+            Zg[:, 2:] -= MIX
+            Zm = momentum * Zm + Zg
+            Zm[:, 0] += m
+            m = momentum * m + g
+            Zw = Zw - rate * Zm
+            Zw[:, 1] -= m
+            w = w - rate * m
+        grad = Zw.T @ (w - TARGET) + np.concatenate([np.zeros(2), 0.2 * shift])
+        momentum, rate = np.array([momentum, rate]) - rate_of_lam * grad[:2]
+        shift = shift - rate_of_lam * grad[2:]
+    return grad, np.array([momentum, rate, *shift])
+
+
+def test_online_tangents_go_on_from_step_to_step():
+    """Three calls: with lam moved between them, and with lam at rest, where it is the whole run's derivative."""
+    engine = bl.Forward(reset=False)
+    run = lambda rate: bl.run(
+        ONLINE,
+        SETTINGS,
+        solver=heavy_ball,
+        engine=engine,
+        outer=optax.inject_hyperparams(optax.sgd)(rate),
+        num_steps=3,
+        chunk=2,
+    )
+    result = run(jnp.asarray(0.03))
+    grad, after = by_hand(3, 0.03)
+    np.testing.assert_allclose(flat(result.lam), after, rtol=1e-11)
+    assert abs(result.history.grad_norm[-1] / np.linalg.norm(grad) - 1) < 1e-11
+    assert not np.allclose(after, by_hand(3, 0.0)[1], rtol=1e-2)
+    still, (grad, _) = run(jnp.asarray(0.0)), by_hand(3, 0.0)
+    nine = lambda lam: bl.GradientDescent(lam["rate"], momentum=lam["momentum"], max_steps=9)
+    whole = bl.hypergradient(ONLINE, SETTINGS, solver=nine, engine=bl.Unrolled(estimate=False))
+    np.testing.assert_allclose(flat(whole.grad), grad, rtol=1e-11)
+    assert still.history.grad_norm[-1] == pytest.approx(np.linalg.norm(grad), rel=1e-11)
+    np.testing.assert_allclose(still.w, whole.w, rtol=1e-11)
+
+
+def test_online_refuses_settings_that_would_not_move():
+    injected = lambda lam: bl.OptaxSolver(optax.inject_hyperparams(optax.sgd)(lam["rate"]))
+    with pytest.raises(ValueError, match=r"Forward\(reset=False\).*inject_hyperparams"):
+        bl.hypergradient(ONLINE, SETTINGS, solver=injected, engine=bl.Forward(reset=False))
+    with pytest.raises(ValueError, match="leave out directions"):
+        bl.Forward(directions=2, reset=False)
+
+
+def test_online_training_that_explodes_is_diverged():
+    """The growth is since the start: below the limit in each call, above it after some."""
+    lam = SETTINGS | {"rate": 1.5, "momentum": 0.0}  # (1 - 1.5 * 2)^3 = -8 a call
+    result = bl.run(
+        ONLINE,
+        lam,
+        solver=heavy_ball,
+        engine=bl.Forward(reset=False, max_growth=1e3),
+        outer=optax.inject_hyperparams(optax.sgd)(jnp.asarray(0.0)),
+        num_steps=20,
+        chunk=20,
+        throw=False,
+    )
+    assert result.status == bl.Status.DIVERGED and 3 <= len(result.history.status) <= 7

@@ -36,6 +36,7 @@ NUMBERS |= {
         "gamma": (3.0, 4.0),
         "theta_step": (0.1, 0.2),
     },
+    bl.ES: {"sigma": (0.1, 0.2)},
     bl.Plain: {},
     bl.EMA: {"rate": (0.2, 0.3)},
     bl.STORM: {"rate": (0.2, 0.3)},
@@ -144,6 +145,7 @@ def test_numbers_lam_and_data_trace_once(cls, seed, count_traces):
     if not NUMBERS[cls]:
         return
     exact = {
+        bl.ES,  # on a quadratic, whatever sigma
         bl.Exact,
         bl.Implicit,
         bl.Unrolled,

@@ -12,6 +12,7 @@ import pytest
 
 import bilevel as bl
 from bilevel import footprint
+from solvers.loops import unit_steps
 
 T = 23
 
@@ -293,9 +294,41 @@ def test_compiled_memory_follows_the_model():
     few = {L: temporary(256, levels=L) for L in (1, 2)}
     many = {L: temporary(4096, levels=L) for L in (1, 2)}
     assert 0.95 < (many[1] - few[1]) / (one * (4096 - 256)) < 1.3
-    grown = many[2] - few[2]  # from 16 to 64 blocks of 16 and 64 steps
-    assert 0.9 < grown / (3 * one * (64 - 16)) < 1.3, grown
-    assert temporary(4096, checkpoint=False) > 40 * many[2]
+    grown = many[2] - few[2]  # from 11 blocks of 11 units of 2 steps to 32 of 32 of 4
+    assert 0.9 < grown / (3 * one * (32 - 11)) < 1.6, grown
+    assert many[2] < 0.8 * 3 * one * 64  # 64 blocks of 64 steps
+    assert temporary(4096, checkpoint=False) > 60 * many[2]
+
+
+def test_a_unit_is_as_long_as_is_cheapest():
+    """The least of L (T/u)^(1/L) s + u a, with a = n s for a step of n sines."""
+
+    def chosen(num_sines, num_steps, levels=2):
+        def step(x, index):
+            for _ in range(num_sines):
+                x = jnp.sin(x)
+            return x, None
+
+        return unit_steps(step, jnp.ones(100), num_steps, levels)
+
+    assert [chosen(n, 1024) for n in (1, 10, 100)] == [8, 2, 1]
+    assert chosen(10, 4096) == 3 and chosen(10, 4096, levels=3) == 1
+    assert chosen(1, 255) == 1
+
+
+def test_units_leave_no_step_out():
+    """263 steps, each with its own batch: units of several, blocks of them, units and steps left over."""
+    problem, lam, w, _ = wide_case(263)
+    solver = bl.GradientDescent(0.01, momentum=0.5, max_steps=263)  # longer steps magnify rounding
+    problem = bl.Problem(wide, wide, problem.inner_data, problem.outer_data, batch_size=(4, None))
+    call = lambda **options: bl.hypergradient(
+        problem, lam, w, solver=solver, engine=bl.Unrolled(estimate=False, **options)
+    )
+    expected = call(checkpoint=False)
+    for levels in (2, 3):
+        h = call(levels=levels)
+        np.testing.assert_allclose(h.grad, expected.grad, rtol=1e-9)
+        np.testing.assert_allclose(h.w, expected.w, rtol=1e-10)
 
 
 def test_a_budget_chooses_the_fastest_setting_that_fits():
