@@ -5,12 +5,16 @@ import gc
 import os
 
 # Programs here are compiled once and run for milliseconds: compile quickly. Before JAX starts. Kernels of
-# XLA's older emitter take half the time to compile; each worker of pytest is a thread for itself.
+# XLA's older emitter take half the time to compile. Nor do small products gain from threads, which wait for
+# each other by spinning.
 os.environ.setdefault(
     "XLA_FLAGS",
     "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "
-    "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1",
+    "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1 "
+    "--xla_cpu_multi_thread_eigen=false",
 )
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import jax
 import pytest
