@@ -97,7 +97,9 @@ def unrolled_warm() -> Callable[[], float]:
     return p1(bl.Unrolled(estimate=False), 0.3, 300, solver=solver)
 
 
-def p2(engine, rate, steps: int, n: int = 10, wrong=None, **kwargs) -> Callable[[], float]:
+def p2(
+    engine, rate, steps: int, n: int = 10, wrong=None, init=None, **kwargs
+) -> Callable[[], float]:
     """Inner solutions y1 = x with any y2: `f = |x - y2|^2 / 2 + |y1 - e|^2 / 2`, `g = |y1|^2 / 2 - x'y1`."""
 
     def inner(w, lam, batch):
@@ -109,7 +111,8 @@ def p2(engine, rate, steps: int, n: int = 10, wrong=None, **kwargs) -> Callable[
     def error() -> float:
         start = jnp.full(n, 0.01)
         w = {"y1": start, "y2": start}
-        result = run(bl.Problem(inner, outer), start, w, engine, rate, steps, **kwargs)
+        problem = bl.Problem(inner, outer, inner_init=init)
+        result = run(problem, start, w, engine, rate, steps, **kwargs)
         goal = 1.0 if wrong is None else wrong(0.01)
         return float(jnp.max(jnp.abs(result.lam - goal)))
 
@@ -128,6 +131,37 @@ def p2_itd() -> Callable[[], float]:
     solver = bl.GradientDescent(max_steps=60, learning_rate=0.5, tol=0.0)
     engine = bl.Unrolled(estimate=False)
     return p2(engine, 0.1, 1000, wrong=lambda c: (c + 1) / 2, solver=solver)
+
+
+def p2_bda() -> Callable[[], float]:
+    """Every solve starts afresh, as in the paper."""
+
+    def first(lam, batch):
+        start = jnp.full(10, 0.01)
+        return {"y1": start, "y2": start}
+
+    solver = bl.GradientDescent(max_steps=1000, learning_rate=0.5, tol=0.0)
+    return p2(bl.BDA(weight=1.0), 0.5, 200, init=first, solver=solver)
+
+
+P9_NOTE = "rate .1 of lam and of the start, from y=.5"
+
+
+def p9(start: float) -> Callable[[], float]:
+    """`f = x + x y`, `g = -sin(x y)`, x in [1, 10], y in [-2, 2]: x* = 11 pi / 4, y* = -2."""
+
+    def error() -> float:
+        problem = bl.Problem(
+            lambda w, lam, batch: -jnp.sin(lam * w),
+            lambda w, lam, batch: lam + lam * w,
+            inner_prox=lambda v, step, lam: jnp.clip(v, -2.0, 2.0),
+            outer_projection=lambda lam: jnp.clip(lam, 1.0, 10.0),
+        )
+        solver = bl.ProximalGradient(max_steps=40, learning_rate=5e-4, accelerate=False)
+        result = run(problem, start, 0.5, bl.IAPTT(0.1), 0.1, 500, solver=solver)
+        return max(abs(float(result.lam) - 11 * np.pi / 4), abs(float(result.w) + 2))
+
+    return error
 
 
 def p8() -> float:
@@ -288,12 +322,21 @@ ROWS: dict[str, Row] = {
         p1(bl.VRBO(0.2, terms=20, whole_terms=400, estimator=bl.SPIDER(50)), 0.1, 2000, batch=4),
         ".2/.1, 400 terms at the passes in the place of the exact solve",
     ),
+    "PZOBO": Row(
+        "Q=10, 5000",
+        3.5e-2,
+        p1(bl.PZOBO(0.4, 0.1, inner_steps=20), power(0.2, 0.5, 100), 5000),
+        "T=20, mu=.1, inner step .4, rate .2 falling by k^-.5 from k=100",
+    ),
     "BO-REP on P8": Row("eta=.005, 4000", 1.3e-3, p8, "inner and adjoint steps .5, I=2, N=3"),
     "sl-BAMM s3 on P2": Row("mu=.9 k^-1/10, 2e4", 9e-14, bamm_s3(), "n=10, beta=.5, start .01"),
     "MEHA on P2": Row(
         "c=2, 2000", 2e-13, p2(bl.MEHA(0.2, c=2.0, gamma=5.0, theta_step=0.2), 0.1, 2000),
         "n=10, gamma=5, beta=eta=alpha=.2, start .01",
     ),
+    "BDA on P2": Row("T=1000", 1e-1, p2_bda(), "a_t = 1 / (t + 1), step .5, rate .5, start .01, 200"),
+    "IAPTT on P9, from 2": Row("s=5e-4, T=40, 500", 9e-2, p9(2.0), P9_NOTE),
+    "IAPTT on P9, from 7": Row("s=5e-4, T=40, 500", 9e-2, p9(7.0), P9_NOTE),
     "ITD on P2 goes wrong": Row(
         "1000, against (start + e) / 2", 1e-13, p2_itd(), "T=60, step .5, rate .1, start .01"
     ),

@@ -161,8 +161,11 @@ def check(
 
 def _engines(engines: Any) -> dict[str, AbstractEngine]:
     if engines is None:
-        # One step of a single-loop method is no hypergradient to compare.
-        engines = [name for name, kind in ENGINES.items() if kind.uses_solver and name != "exact"]
+        # One step of a single-loop method is no hypergradient to compare, nor one that starts from elsewhere.
+        others = ("exact", "bda", "iaptt")
+        engines = [
+            name for name, kind in ENGINES.items() if kind.uses_solver and name not in others
+        ]
     if isinstance(engines, str):
         raise TypeError(f"engines must be several names or a mapping, got the string {engines!r}.")
     if isinstance(engines, Mapping):

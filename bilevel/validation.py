@@ -24,7 +24,7 @@ from solvers import (
 )
 from solvers.tree import accumulation_dtype
 
-FIRST_ORDER = "F2SA, Moreau(gamma=...), F3SA, MEHA, VPBGD or BOME"
+FIRST_ORDER = "F2SA, Moreau(gamma=...), F3SA, MEHA, VPBGD, BOME or PZOBO"
 """Engines that need gradients alone."""
 
 

@@ -25,6 +25,9 @@ from solvers.linear.spectrum import largest_eigenvalue
 from solvers.status import where
 from solvers.types import Tree
 
+DIRECTIONS = 1 << 20
+"""Folded into a step's key for what stages draw themselves; batches have small numbers."""
+
 
 class Stage(NamedTuple):
     """One move of a cycle."""
@@ -41,6 +44,8 @@ class Stage(NamedTuple):
     """How often of these it is in fact, by the number of the cycle; then it reports nothing."""
     joint: bool = False
     """Whether `inner` gets a `Both`, batches of both levels, and `outer` nothing."""
+    first: Callable[[Point, Array], Point] | None = None
+    """New values of some variables before the first of these, from a random key of the step."""
 
 
 class Move(NamedTuple):
@@ -168,6 +173,8 @@ class AbstractSingleLoop(AbstractEngine):
         place, missed = 0, jnp.int32(0)
         for index, stage in enumerate(stages):
             first = place
+            if stage.first is not None:
+                point = point | stage.first(point, jax.random.fold_in(key, DIRECTIONS + place))
 
             def take(turn: Array | int, point: Point, memory: Any, stage=stage, first=first):
                 place = problem, key, state.order, state.count, first + turn

@@ -67,5 +67,9 @@ SINGLE_LOOP = {
     "vpbgd": bl.VPBGD(0.2, penalty=5.0, outer_step=0.1, inner_steps=2),
     "gpbgd": bl.GPBGD(0.04, penalty=5.0),
     "bome": bl.BOME(0.2, 0.5, 0.1, inner_steps=2),
+    "pzobo": bl.PZOBO(0.2, 0.1, directions=3, inner_steps=2),
 }
 """Engines that take one short cycle per outer step, as they are used; they have a contract of their own."""
+
+INNER_STEPS = (bl.BDA(), bl.IAPTT())
+"""Engines whose steps lead elsewhere than to the inner solution of a strongly convex problem; tested by hand."""
