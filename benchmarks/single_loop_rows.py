@@ -164,6 +164,51 @@ def p9(start: float) -> Callable[[], float]:
     return error
 
 
+def p5a(c, steps: int, goal=(-0.3, 0.7, -0.4), n: int = 2) -> Callable[[], float]:
+    """`f = |x - y2|^2 / 2 + |y1 - e|^2 / 2`, `g = |y1|^2 / 2 - x'y1 + e'y2`, `e'(x + y1 + y2) = 0`."""
+
+    def project(w, lam):
+        shift = (jnp.sum(lam) + jnp.sum(w["y1"]) + jnp.sum(w["y2"])) / (3 * n)
+        return {k: w[k] - shift for k in w}, lam - shift
+
+    def error() -> float:
+        problem = bl.Problem(
+            lambda w, lam, batch: 0.5 * jnp.sum(w["y1"] ** 2) - lam @ w["y1"] + jnp.sum(w["y2"]),
+            lambda w, lam, batch: (
+                0.5 * jnp.sum((lam - w["y2"]) ** 2) + 0.5 * jnp.sum((w["y1"] - 1) ** 2)
+            ),
+            equality=lambda w, lam: jnp.sum(lam) + jnp.sum(w["y1"]) + jnp.sum(w["y2"]),
+            joint_projection=project,
+        )
+        start = jnp.linspace(0.1, 0.3, n)
+        rate = (lambda k: 0.2 / c(k)) if callable(c) else 0.2 / c
+        engine = bl.LVHBA(0.2, c)
+        result = run(problem, start, {"y1": start, "y2": start}, engine, rate, steps)
+        found = result.lam, result.w["y1"], result.w["y2"]
+        return max(float(jnp.max(jnp.abs(x - y))) for x, y in zip(found, goal, strict=True))
+
+    return error
+
+
+def p5b() -> float:
+    """`f = (x - 3)^2 / 2 + y^2 / 2`, `g = (y - x)^2 / 2`, `x + y <= 2`: 2.5, -.5, multiplier 3."""
+
+    def project(w, lam):
+        over = jnp.maximum(w + lam - 2.0, 0.0) / 2
+        return w - over, lam - over
+
+    problem = bl.Problem(
+        lambda w, lam, batch: 0.5 * (w - lam) ** 2,
+        lambda w, lam, batch: 0.5 * (lam - 3.0) ** 2 + 0.5 * w**2,
+        inequality=lambda w, lam: w + lam - 2.0,
+        joint_projection=project,
+    )
+    engine = bl.LVHBA(0.05, 20.0)
+    result = run(problem, 0.0, 0.0, engine, 0.05 / 20.0, 100_000)
+    found = result.lam, result.w, engine.multipliers(result.state.engine).values["inequality"]
+    return max(abs(float(x) - y) for x, y in zip(found, (2.5, -0.5, 3.0), strict=True))
+
+
 def p8() -> float:
     """`f = cosh(3 x) + (y - 1)^2 / 2`, `g = (y - x)^2 / 2`, from x = 4; x* solves 3 sinh(3 x) + x = 1."""
     problem = bl.Problem(
@@ -329,6 +374,16 @@ ROWS: dict[str, Row] = {
         "T=20, mu=.1, inner step .4, rate .2 falling by k^-.5 from k=100",
     ),
     "BO-REP on P8": Row("eta=.005, 4000", 1.3e-3, p8, "inner and adjoint steps .5, I=2, N=3"),
+    "LV-HBA on P5b": Row("c=20, 1e5", 1e-4, p5b, "g1=g2=2, steps .05, with the multiplier"),
+    "LV-HBA on P5a, constant c": Row(
+        "c=20, against its fixed point",
+        1e-4,
+        p5a(20.0, 100_000, (-4 / 13, 37 / 52, -21 / 52)),
+        "n=2, g1=g2=2, steps .2, 1e5; figure of four digits",
+    ),
+    "LV-HBA on P5a, growing c": Row(
+        "c=10 (k+1)^.49, 1e5", 1e-4, p5a(power(10.0, -0.49), 100_000), "n=2, g1=g2=2, steps .2"
+    ),
     "sl-BAMM s3 on P2": Row("mu=.9 k^-1/10, 2e4", 9e-14, bamm_s3(), "n=10, beta=.5, start .01"),
     "MEHA on P2": Row(
         "c=2, 2000", 2e-13, p2(bl.MEHA(0.2, c=2.0, gamma=5.0, theta_step=0.2), 0.1, 2000),

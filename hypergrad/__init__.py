@@ -15,6 +15,7 @@ from hypergrad.forward import Forward
 from hypergrad.iaptt import IAPTT
 from hypergrad.implicit import Implicit
 from hypergrad.joint_penalty import BOME, GPBGD, VPBGD
+from hypergrad.lvhba import LVHBA
 from hypergrad.meha import MEHA
 from hypergrad.moreau import Moreau
 from hypergrad.one_step import OneStep
@@ -38,6 +39,7 @@ __all__ = [
     "FSLA",
     "GPBGD",
     "IAPTT",
+    "LVHBA",
     "MEHA",
     "MRBO",
     "PZOBO",

@@ -37,7 +37,7 @@ class PZOBO(AbstractSingleLoop):
     estimator: AbstractEstimator = eqx.field(default_factory=Plain)
     estimate: bool | None = static(None)
 
-    def start(self, w: Tree, lam: Tree) -> Point:
+    def start(self, problem: BilevelProblem, w: Tree, lam: Tree) -> Point:
         return {"shifted": self._copies(w), "u": tree.zeros_like(self._copies(lam))}
 
     def stages(self, problem: BilevelProblem, size: Array) -> tuple[Stage, ...]:

@@ -12,6 +12,7 @@ from hypergrad.forward import Forward
 from hypergrad.iaptt import IAPTT
 from hypergrad.implicit import Implicit
 from hypergrad.joint_penalty import BOME, GPBGD, VPBGD
+from hypergrad.lvhba import LVHBA
 from hypergrad.meha import MEHA
 from hypergrad.moreau import Moreau
 from hypergrad.one_step import OneStep
@@ -39,6 +40,7 @@ ENGINES: dict[str, type[AbstractEngine]] = {
         GPBGD,
         VPBGD,
         MEHA,
+        LVHBA,
         SABA,
         SOBA,
         SRBA,

@@ -54,7 +54,7 @@ class Move(NamedTuple):
     point: Point
     """New values of some variables, never of `lam`."""
     report: dict[str, Array] = {}  # noqa: RUF012
-    """Some of "residual", "adjoint_residual", and "products" where that is not always `cost().hvps`."""
+    """Some of "residual", "adjoint_residual", "diverged", and "products" where that is not always `cost().hvps`."""
     grad: Tree | None = None
     """The direction for `lam`."""
 
@@ -107,7 +107,7 @@ class AbstractSingleLoop(AbstractEngine):
         return False
 
     @abc.abstractmethod
-    def start(self, w: Tree, lam: Tree) -> Point:
+    def start(self, problem: BilevelProblem, w: Tree, lam: Tree) -> Point:
         """The method's own variables before the first step."""
 
     @abc.abstractmethod
@@ -128,7 +128,7 @@ class AbstractSingleLoop(AbstractEngine):
             size = jnp.where(curvature > 0, 0.5 / curvature, 1.0).astype(like.dtype)
         else:
             size = cast(self.step_size, like)
-        own = self.start(w, lam)
+        own = self.start(problem, w, lam)
         point = own | {"w": w, "lam": lam}
         stages, count = self.stages(problem, size), jnp.int32(-1)
         order = seeds(jax.random.fold_in(key, 3), sum(stage.times for stage in stages))
@@ -222,7 +222,7 @@ class AbstractSingleLoop(AbstractEngine):
             report["outer_value"],
             inner,
             grad,
-            where(grown > state.limit, Status.DIVERGED),
+            where((grown > state.limit) | report.get("diverged", False), Status.DIVERGED),
             where(~jnp.isfinite(grown), Status.NONFINITE),
             adjoint_residual=report.get("adjoint_residual"),
             adjoint_steps=report.get("products", count.hvps),

@@ -56,6 +56,7 @@ SINGLE_LOOP = {
     "f3sa": bl.F3SA(0.2, penalty=5.0),
     "f2sa": bl.F3SA(0.2, penalty=5.0, inner_steps=2, coupled=False, estimator=bl.Plain()),
     "meha": bl.MEHA(0.2, c=5.0, gamma=3.0, theta_step=0.1),
+    "lvhba": bl.LVHBA(0.1, c=5.0, gamma=3.0),  # without constraints
     "bamm": bl.BAMM(0.2, 0.1, mu=0.3),
     "amigo": bl.AmIGO(0.2, inner_steps=2, adjoint_steps=3),
     "stocbio": bl.StocBiO(0.2, inner_steps=2, adjoint_steps=3),

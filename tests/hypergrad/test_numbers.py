@@ -32,6 +32,15 @@ NUMBERS |= {
     bl.BOME: {"step_size": (0.2, 0.3), "eta": (0.5, 0.6), "outer_step": (0.1, 0.2)},
     bl.BDA: {**NUMBERS[bl.Unrolled], "weight": (0.5, 0.8)},
     bl.IAPTT: {"start_step": (0.1, 0.2)},
+    bl.LVHBA: {
+        "step_size": (0.2, 0.3),
+        "c": (10.0, 20.0),
+        "gamma": (3.0, 4.0),
+        "dual_gamma": (2.0, 3.0),
+        "theta_step": (0.1, 0.2),
+        "zeta_step": (0.1, 0.2),
+        "limit": (10.0, 20.0),
+    },
     bl.PZOBO: {"step_size": (0.2, 0.3), "smoothing": (0.1, 0.2)},
     bl.MEHA: {
         "step_size": (0.2, 0.3),

@@ -163,6 +163,7 @@ TARGETS = {
     "f2sa": lambda case: case.penalised_optimum(5.0),
     "vpbgd": lambda case: case.penalised_optimum(5.0),
     "meha": lambda case: case.moreau_optimum(5.0, 3.0),
+    "lvhba": lambda case: case.moreau_optimum(5.0, 3.0),
     "bamm": lambda case: case.aggregated_optimum(0.3),
     "gpbgd": lambda case: case.squared_optimum(5.0),
     "mrbo": lambda case: case.series_optimum(3, 0.1),
