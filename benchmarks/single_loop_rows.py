@@ -8,25 +8,35 @@ most `max(10 x figure, 1e-12)`. Settings are the figure's; what it does not give
 """
 
 import argparse
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import harness
 import jax
-import jax.numpy as jnp
-import numpy as np
-import optax
+from single_loop_problems import (
+    P9_NOTE,
+    bamm_s3,
+    growing,
+    implicit_few,
+    meha_growing,
+    noisy_f2sa,
+    order,
+    p1,
+    p2,
+    p2_bda,
+    p2_itd,
+    p5a,
+    p5b,
+    p8,
+    p9,
+    plain_f2sa,
+    unrolled_warm,
+)
 
 import bilevel as bl
 from bilevel.schedules import power
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-import problems
-
-jax.config.update("jax_enable_x64", True)  # before any engine holds a number
 
 F2SA_NOTE = "schedules.penalty with step .25, start 2, xi 1"
 
@@ -36,111 +46,6 @@ class Row(NamedTuple):
     figure: float
     error: Callable[[], float]
     note: str = ""
-
-
-def optimum(case: Any) -> np.ndarray:
-    return case.optimum()
-
-
-def p1(engine, rate, steps: int, target=optimum, batch=None, **kwargs) -> Callable[[], float]:
-    """Relative distance of `lam` from its target after a run; `rate` is that of the outer rule."""
-
-    def error() -> float:
-        case = problems.make("quadratic", 0, n=64)
-        data = case.inner_data, case.outer_data
-        problem = bl.Problem(case.inner, case.outer, *data, batch_size=batch)
-        result = run(problem, case.lam, case.w, engine, rate, steps, **kwargs)
-        goal = target(case)
-        return float(np.linalg.norm(result.lam - goal) / np.linalg.norm(goal))
-
-    return error
-
-
-def run(problem, lam, w, engine, rate, steps, **kwargs) -> bl.Result:
-    kwargs = {"chunk": 5000, "progress": False, "throw": False} | kwargs
-    return bl.run(problem, lam, w, engine=engine, outer=optax.sgd(rate), num_steps=steps, **kwargs)
-
-
-def plain_f2sa(step_size, penalty, ratio, inner_steps):
-    return bl.F3SA(step_size, penalty, ratio, inner_steps, estimator=bl.Plain())
-
-
-def growing(steps: int) -> Callable[[], float]:
-    s = bl.schedules.penalty(0.25, noise="none")
-    return p1(plain_f2sa(s.step_size, s.penalty, 0.5, 10), s.outer, steps)
-
-
-def noisy_f2sa(steps: int = 50_000) -> Callable[[], float]:
-    s = bl.schedules.penalty(0.25, noise="both")
-    last = float(s.penalty(jnp.asarray(steps)))
-    engine = plain_f2sa(s.step_size, s.penalty, 0.5, 10)
-    return p1(engine, s.outer, steps, lambda case: case.penalised_optimum(last), batch=4)
-
-
-def order(p: int) -> Callable[[], float]:
-    solver = bl.GradientDescent(max_steps=80, learning_rate=0.4, tol=0.0)
-    return p1(bl.F2SA(nu=0.02, order=p), 0.3, 300, solver=solver)
-
-
-def meha_growing() -> Callable[[], float]:
-    c = power(2.0, -0.49)
-    return p1(bl.MEHA(0.1, c=c, gamma=5.0, theta_step=0.4), lambda k: 0.1 / c(k), 40_000)
-
-
-def implicit_few() -> Callable[[], float]:
-    solver = bl.GradientDescent(max_steps=5, learning_rate=0.4, tol=0.0)
-    return p1(bl.Implicit(bl.CG(max_steps=3), estimate=False), 0.3, 200, solver=solver)
-
-
-def unrolled_warm() -> Callable[[], float]:
-    solver = bl.GradientDescent(max_steps=60, learning_rate=0.4, tol=0.0)
-    return p1(bl.Unrolled(estimate=False), 0.3, 300, solver=solver)
-
-
-def p2(engine, rate, steps: int, n: int = 10, wrong=None, **kwargs) -> Callable[[], float]:
-    """Inner solutions y1 = x with any y2: `f = |x - y2|^2 / 2 + |y1 - e|^2 / 2`, `g = |y1|^2 / 2 - x'y1`."""
-
-    def inner(w, lam, batch):
-        return 0.5 * jnp.sum(w["y1"] ** 2) - lam @ w["y1"]
-
-    def outer(w, lam, batch):
-        return 0.5 * jnp.sum((lam - w["y2"]) ** 2) + 0.5 * jnp.sum((w["y1"] - 1) ** 2)
-
-    def error() -> float:
-        start = jnp.full(n, 0.01)
-        w = {"y1": start, "y2": start}
-        result = run(bl.Problem(inner, outer), start, w, engine, rate, steps, **kwargs)
-        goal = 1.0 if wrong is None else wrong(0.01)
-        return float(jnp.max(jnp.abs(result.lam - goal)))
-
-    return error
-
-
-def bamm_s3() -> Callable[[], float]:
-    mu = power(0.9, 0.1)
-    beta = 0.5  # 1 / L_phi would be 1
-    engine = bl.BAMM(beta, power(beta, 1 / 80), mu=mu)
-    return p2(engine, lambda k: beta * power(1.0, 3 / 80)(k) * mu(k) ** 3, 20_000)
-
-
-def p2_itd() -> Callable[[], float]:
-    """Unrolling never moves y2, and goes to the midpoint of its start and e: the point predicted."""
-    solver = bl.GradientDescent(max_steps=60, learning_rate=0.5, tol=0.0)
-    engine = bl.Unrolled(estimate=False)
-    return p2(engine, 0.1, 1000, wrong=lambda c: (c + 1) / 2, solver=solver)
-
-
-def p8() -> float:
-    """`f = cosh(3 x) + (y - 1)^2 / 2`, `g = (y - x)^2 / 2`, from x = 4; x* solves 3 sinh(3 x) + x = 1."""
-    problem = bl.Problem(
-        lambda w, lam, batch: 0.5 * (w - lam) ** 2,
-        lambda w, lam, batch: jnp.cosh(3 * lam) + 0.5 * (w - 1) ** 2,
-    )
-    rule = optax.chain(optax.normalize_by_update_norm(), optax.sgd(0.005))
-    result = bl.run(
-        problem, 4.0, 0.0, engine=bl.BOREP(0.5), outer=rule, num_steps=4000, progress=False
-    )
-    return abs(float(result.lam) - 0.09869641)
 
 
 ROWS: dict[str, Row] = {
@@ -288,12 +193,31 @@ ROWS: dict[str, Row] = {
         p1(bl.VRBO(0.2, terms=20, whole_terms=400, estimator=bl.SPIDER(50)), 0.1, 2000, batch=4),
         ".2/.1, 400 terms at the passes in the place of the exact solve",
     ),
+    "PZOBO": Row(
+        "Q=10, 5000",
+        3.5e-2,
+        p1(bl.PZOBO(0.4, 0.1, inner_steps=20), power(0.2, 0.5, 100), 5000),
+        "T=20, mu=.1, inner step .4, rate .2 falling by k^-.5 from k=100",
+    ),
     "BO-REP on P8": Row("eta=.005, 4000", 1.3e-3, p8, "inner and adjoint steps .5, I=2, N=3"),
+    "LV-HBA on P5b": Row("c=20, 1e5", 1e-4, p5b, "g1=g2=2, steps .05, with the multiplier"),
+    "LV-HBA on P5a, constant c": Row(
+        "c=20, against its fixed point",
+        1e-4,
+        p5a(20.0, 100_000, (-4 / 13, 37 / 52, -21 / 52)),
+        "n=2, g1=g2=2, steps .2, 1e5; figure of four digits",
+    ),
+    "LV-HBA on P5a, growing c": Row(
+        "c=10 (k+1)^.49, 1e5", 1e-4, p5a(power(10.0, -0.49), 100_000), "n=2, g1=g2=2, steps .2"
+    ),
     "sl-BAMM s3 on P2": Row("mu=.9 k^-1/10, 2e4", 9e-14, bamm_s3(), "n=10, beta=.5, start .01"),
     "MEHA on P2": Row(
         "c=2, 2000", 2e-13, p2(bl.MEHA(0.2, c=2.0, gamma=5.0, theta_step=0.2), 0.1, 2000),
         "n=10, gamma=5, beta=eta=alpha=.2, start .01",
     ),
+    "BDA on P2": Row("T=1000", 1e-1, p2_bda(), "a_t = 1 / (t + 1), step .5, rate .5, start .01, 200"),
+    "IAPTT on P9, from 2": Row("s=5e-4, T=40, 500", 9e-2, p9(2.0), P9_NOTE),
+    "IAPTT on P9, from 7": Row("s=5e-4, T=40, 500", 9e-2, p9(7.0), P9_NOTE),
     "ITD on P2 goes wrong": Row(
         "1000, against (start + e) / 2", 1e-13, p2_itd(), "T=60, step .5, rate .1, start .01"
     ),

@@ -161,9 +161,12 @@ def check(
 
 def _engines(engines: Any) -> dict[str, AbstractEngine]:
     if engines is None:
-        # One step of a single-loop method is no hypergradient to compare; an evolution strategy is noise.
-        engines = [name for name, kind in ENGINES.items() if kind.uses_solver]
-        engines = [name for name in engines if name not in ("exact", "es")]
+        # One step of a single-loop method is no hypergradient to compare, nor one that starts from elsewhere; an
+        # evolution strategy is noise.
+        others = ("exact", "es", "bda", "iaptt")
+        engines = [
+            name for name, kind in ENGINES.items() if kind.uses_solver and name not in others
+        ]
     if isinstance(engines, str):
         raise TypeError(f"engines must be several names or a mapping, got the string {engines!r}.")
     if isinstance(engines, Mapping):

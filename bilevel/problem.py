@@ -45,6 +45,10 @@ class Problem(eqx.Module):
         smooth part alone: what is minimised is `inner + psi`.
       inner_penalty: `(w, lam) -> scalar`, that term psi itself, for engines that need its slope in `lam`
         (`MEHA`; 0 for a projection).
+      inequality, equality: `(w, lam) -> array` (or a pytree of them), constraints `<= 0` and `= 0` of the inner
+        problem in which `lam` may take part, for `LVHBA`; other engines refuse them.
+      joint_projection: `(w, lam) -> (w, lam)`, the nearest pair that satisfies all of them (and whatever
+        else holds `w` or `lam`).
       second_order: False where the losses have no second derivatives (or must not be asked for them):
         engines, solvers and settings that need one are then refused.
       outer_projection: `lam -> lam`, applied after each outer step, on the natural scale.
@@ -79,6 +83,15 @@ class Problem(eqx.Module):
         static=True, default=None, kw_only=True
     )
 
+    inequality: Callable[[Tree, Tree], Tree] | None = eqx.field(
+        static=True, default=None, kw_only=True
+    )
+    equality: Callable[[Tree, Tree], Tree] | None = eqx.field(
+        static=True, default=None, kw_only=True
+    )
+    joint_projection: Callable[[Tree, Tree], tuple[Tree, Tree]] | None = eqx.field(
+        static=True, default=None, kw_only=True
+    )
     second_order: bool = eqx.field(static=True, default=True, kw_only=True)
 
     def __post_init__(self) -> None:
@@ -91,11 +104,17 @@ class Problem(eqx.Module):
         functions = (
             *("inner_init", "inner_hvp", "inner_preconditioner"),
             *("inner_prox", "inner_penalty", "outer_projection"),
+            *("inequality", "equality", "joint_projection"),
         )
         for name in functions:
             value = getattr(self, name)
             if value is not None and not callable(value):
                 raise TypeError(f"Problem({name}=...) must be a function or None, got {value!r}.")
+        if (self.inequality or self.equality) and self.joint_projection is None:
+            raise ValueError(
+                "Problem(inequality=..., equality=...) needs joint_projection=(w, lam) -> (w, lam), the nearest "
+                "pair that satisfies the constraints."
+            )
         self.constants = _constants(self.constants)
         self.batch_size = _pair(self.batch_size)
         self.inner_data = as_arrays("inner_data", self.inner_data)

@@ -13,7 +13,7 @@ from jax.core import Tracer
 from bilevel.problem import Problem
 from bilevel.tasks import Task, Tasks
 from hypergrad import ENGINES, AbstractEngine, BilevelProblem
-from hypergrad.base import Solver, check_proximal, has_prox
+from hypergrad.base import Solver, check_proximal, constraints, has_prox
 from solvers import (
     SOLVERS,
     AbstractInnerSolver,
@@ -24,7 +24,7 @@ from solvers import (
 )
 from solvers.tree import accumulation_dtype
 
-FIRST_ORDER = "F2SA, Moreau(gamma=...), F3SA, MEHA, VPBGD or BOME"
+FIRST_ORDER = "F2SA, Moreau(gamma=...), F3SA, MEHA, LVHBA, VPBGD, BOME or PZOBO"
 """Engines that need gradients alone."""
 
 
@@ -117,6 +117,13 @@ def solver(value: Any, engine: AbstractEngine, problem: BilevelProblem) -> Solve
             f"the problem has an inner_prox, but {name} is for smooth inner problems. Use the engine "
             "Implicit or Unrolled."
         )
+    held = ("inequality", "equality", "joint_projection")
+    if any(getattr(problem, part, None) is not None for part in held):
+        why = "the problem has constraints on w and lam together, which "
+        if not engine.constrained:
+            raise ValueError(f"{why}{name} would ignore. Use LVHBA.")
+        if isinstance(problem, Tasks):
+            raise ValueError(f"{why}Tasks cannot have: one lam belongs to the w of every task.")
     if value is None:
         value = engine.default_solver()
         if isinstance(problem.inner, Mapping) and engine.fixed_points:
@@ -221,6 +228,17 @@ def losses(problem: Any, w: Any, lam: Any) -> None:
         leaves, treedef = jax.tree.flatten((w, lam))
         shapes = tuple((leaf.shape, str(leaf.dtype)) for leaf in leaves)
         _check_prox(prox, treedef, shapes)
+    joint = getattr(problem, "joint_projection", None)
+    if joint is not None:
+        same = lambda s: jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), s)
+        result = eqx.filter_eval_shape(joint, w, lam)
+        if not isinstance(result, tuple) or len(result) != 2 or same(result) != same((w, lam)):
+            raise ValueError(
+                f"joint_projection must return (w, lam), like {_describe((w, lam))}, got {_describe(result)}."
+            )
+        for value in jax.tree.leaves(eqx.filter_eval_shape(constraints, problem, w, lam)):
+            if not jnp.issubdtype(value.dtype, jnp.floating):
+                raise ValueError(f"constraints must be floating point, got {_describe(value)}.")
 
 
 @functools.lru_cache(maxsize=256)

@@ -4,6 +4,7 @@ from hypergrad import optimality
 from hypergrad.amigo import FSLA, AmIGO, StocBiO
 from hypergrad.bamm import BAMM
 from hypergrad.base import AbstractEngine, BilevelProblem, Hypergradient, HypergradInfo
+from hypergrad.bda import BDA
 from hypergrad.borep import BOREP
 from hypergrad.certificate import Constants
 from hypergrad.estimators import EMA, SAGA, SPIDER, STORM, AbstractEstimator, Plain
@@ -12,11 +13,14 @@ from hypergrad.exact import Exact
 from hypergrad.f2sa import F2SA
 from hypergrad.f3sa import F3SA
 from hypergrad.forward import Forward
+from hypergrad.iaptt import IAPTT
 from hypergrad.implicit import Implicit
 from hypergrad.joint_penalty import BOME, GPBGD, VPBGD
+from hypergrad.lvhba import LVHBA
 from hypergrad.meha import MEHA
 from hypergrad.moreau import Moreau
 from hypergrad.one_step import OneStep
+from hypergrad.pzobo import PZOBO
 from hypergrad.registry import ENGINES
 from hypergrad.root import implicit
 from hypergrad.series import BSA, MRBO, SUSTAIN, TTSA, VRBO
@@ -25,6 +29,7 @@ from hypergrad.unrolled import Unrolled
 
 __all__ = [
     "BAMM",
+    "BDA",
     "BOME",
     "BOREP",
     "BSA",
@@ -35,8 +40,11 @@ __all__ = [
     "F3SA",
     "FSLA",
     "GPBGD",
+    "IAPTT",
+    "LVHBA",
     "MEHA",
     "MRBO",
+    "PZOBO",
     "SABA",
     "SAGA",
     "SOBA",

@@ -25,7 +25,7 @@ class AbstractAmIGO(AbstractSingleLoop):
     second_order = True
     cold = False  # whether the adjoint starts at zero in every outer step
 
-    def start(self, w: Tree, lam: Tree) -> Point:
+    def start(self, problem: BilevelProblem, w: Tree, lam: Tree) -> Point:
         return {"v": tree.zeros_like(w)}
 
     def stages(self, problem: BilevelProblem, size: Array) -> tuple[Stage, ...]:

@@ -36,7 +36,7 @@ class BAMM(AbstractSingleLoop):
 
     second_order = True
 
-    def start(self, w: Tree, lam: Tree) -> Point:
+    def start(self, problem: BilevelProblem, w: Tree, lam: Tree) -> Point:
         return {"v": tree.zeros_like(w)}
 
     def stages(self, problem: BilevelProblem, size: Array) -> tuple[Stage, ...]:

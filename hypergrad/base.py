@@ -109,6 +109,8 @@ class AbstractEngine(Settings):
     """Whether the driver asks for the error estimate by default (it costs Hessian-vector products)."""
     proximal: ClassVar[bool] = False
     """Whether inner problems with a prox are differentiated right."""
+    constrained: ClassVar[bool] = False
+    """Whether constraints that hold `w` and `lam` together are taken into account."""
     fixed_points: ClassVar[bool] = False
     """Whether solutions of `FixedPoint` are differentiated right; else a `Mapping` is solved as a loss."""
     through_steps: ClassVar[bool] = False
@@ -151,6 +153,12 @@ class AbstractEngine(Settings):
 
 def has_prox(problem: BilevelProblem) -> bool:
     return getattr(problem, "inner_prox", None) is not None
+
+
+def constraints(problem: BilevelProblem, w: Tree, lam: Tree) -> dict[str, Tree]:
+    """The values of the problem's constraints, by "inequality" and "equality", of those that it has."""
+    functions = {name: getattr(problem, name, None) for name in ("inequality", "equality")}
+    return {name: h(w, lam) for name, h in functions.items() if h is not None}
 
 
 def check_proximal(solver: AbstractInnerSolver) -> None:

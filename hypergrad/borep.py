@@ -42,7 +42,7 @@ class BOREP(AbstractSingleLoop):
 
     second_order = True
 
-    def start(self, w: Tree, lam: Tree) -> Point:
+    def start(self, problem: BilevelProblem, w: Tree, lam: Tree) -> Point:
         return {"v": tree.zeros_like(w), "center": w}
 
     def stages(self, problem: BilevelProblem, size: Array) -> tuple[Stage, ...]:

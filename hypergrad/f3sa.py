@@ -60,7 +60,7 @@ class F3SA(AbstractSingleLoop):
     def pairs(self) -> bool:
         return not self.coupled
 
-    def start(self, w: Tree, lam: Tree) -> Point:
+    def start(self, problem: BilevelProblem, w: Tree, lam: Tree) -> Point:
         return {"y": w}
 
     def stages(self, problem: BilevelProblem, size: Array) -> tuple[Stage, ...]:

@@ -37,7 +37,7 @@ class VPBGD(AbstractSingleLoop):
     estimator: AbstractEstimator = eqx.field(default_factory=Plain)
     estimate: bool | None = static(None)
 
-    def start(self, w: Tree, lam: Tree) -> Point:
+    def start(self, problem: BilevelProblem, w: Tree, lam: Tree) -> Point:
         return {"y": w}
 
     def stages(self, problem: BilevelProblem, size: Array) -> tuple[Stage, ...]:
@@ -76,7 +76,7 @@ class GPBGD(AbstractSingleLoop):
 
     second_order = True
 
-    def start(self, w: Tree, lam: Tree) -> Point:
+    def start(self, problem: BilevelProblem, w: Tree, lam: Tree) -> Point:
         return {}
 
     def stages(self, problem: BilevelProblem, size: Array) -> tuple[Stage, ...]:
@@ -121,7 +121,7 @@ class BOME(AbstractSingleLoop):
     estimator: AbstractEstimator = eqx.field(default_factory=Plain)
     estimate: bool | None = static(None)
 
-    def start(self, w: Tree, lam: Tree) -> Point:
+    def start(self, problem: BilevelProblem, w: Tree, lam: Tree) -> Point:
         return {"y": w}
 
     def stages(self, problem: BilevelProblem, size: Array) -> tuple[Stage, ...]:

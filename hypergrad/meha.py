@@ -52,7 +52,7 @@ class MEHA(AbstractSingleLoop):
                 f"MEHA(gamma=...) must be a positive number or 'auto', got {self.gamma!r}."
             )
 
-    def start(self, w: Tree, lam: Tree) -> Point:
+    def start(self, problem: BilevelProblem, w: Tree, lam: Tree) -> Point:
         return {"y": w}
 
     def stages(self, problem: BilevelProblem, size: Array) -> tuple[Stage, ...]:

@@ -44,7 +44,7 @@ class AbstractSeries(AbstractSingleLoop):
                 f"{type(self.estimator).__name__}() has no table for: expected Plain, EMA, STORM or SPIDER."
             )
 
-    def start(self, w: Tree, lam: Tree) -> Point:
+    def start(self, problem: BilevelProblem, w: Tree, lam: Tree) -> Point:
         return {}
 
     def stages(self, problem: BilevelProblem, size: Array) -> tuple[Stage, ...]:

@@ -25,6 +25,9 @@ from solvers.linear.spectrum import largest_eigenvalue
 from solvers.status import where
 from solvers.types import Tree
 
+DIRECTIONS = 1 << 20
+"""Folded into a step's key for what stages draw themselves; batches have small numbers."""
+
 
 class Stage(NamedTuple):
     """One move of a cycle."""
@@ -41,6 +44,8 @@ class Stage(NamedTuple):
     """How often of these it is in fact, by the number of the cycle; then it reports nothing."""
     joint: bool = False
     """Whether `inner` gets a `Both`, batches of both levels, and `outer` nothing."""
+    first: Callable[[Point, Array], Point] | None = None
+    """New values of some variables before the first of these, from a random key of the step."""
 
 
 class Move(NamedTuple):
@@ -49,7 +54,7 @@ class Move(NamedTuple):
     point: Point
     """New values of some variables, never of `lam`."""
     report: dict[str, Array] = {}  # noqa: RUF012
-    """Some of "residual", "adjoint_residual", and "products" where that is not always `cost().hvps`."""
+    """Some of "residual", "adjoint_residual", "diverged", and "products" where that is not always `cost().hvps`."""
     grad: Tree | None = None
     """The direction for `lam`."""
 
@@ -102,7 +107,7 @@ class AbstractSingleLoop(AbstractEngine):
         return False
 
     @abc.abstractmethod
-    def start(self, w: Tree, lam: Tree) -> Point:
+    def start(self, problem: BilevelProblem, w: Tree, lam: Tree) -> Point:
         """The method's own variables before the first step."""
 
     @abc.abstractmethod
@@ -123,7 +128,7 @@ class AbstractSingleLoop(AbstractEngine):
             size = jnp.where(curvature > 0, 0.5 / curvature, 1.0).astype(like.dtype)
         else:
             size = cast(self.step_size, like)
-        own = self.start(w, lam)
+        own = self.start(problem, w, lam)
         point = own | {"w": w, "lam": lam}
         stages, count = self.stages(problem, size), jnp.int32(-1)
         order = seeds(jax.random.fold_in(key, 3), sum(stage.times for stage in stages))
@@ -168,6 +173,8 @@ class AbstractSingleLoop(AbstractEngine):
         place, missed = 0, jnp.int32(0)
         for index, stage in enumerate(stages):
             first = place
+            if stage.first is not None:
+                point = point | stage.first(point, jax.random.fold_in(key, DIRECTIONS + place))
 
             def take(turn: Array | int, point: Point, memory: Any, stage=stage, first=first):
                 place = problem, key, state.order, state.count, first + turn
@@ -215,7 +222,7 @@ class AbstractSingleLoop(AbstractEngine):
             report["outer_value"],
             inner,
             grad,
-            where(grown > state.limit, Status.DIVERGED),
+            where((grown > state.limit) | report.get("diverged", False), Status.DIVERGED),
             where(~jnp.isfinite(grown), Status.NONFINITE),
             adjoint_residual=report.get("adjoint_residual"),
             adjoint_steps=report.get("products", count.hvps),

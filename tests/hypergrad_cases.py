@@ -56,6 +56,7 @@ SINGLE_LOOP = {
     "f3sa": bl.F3SA(0.2, penalty=5.0),
     "f2sa": bl.F3SA(0.2, penalty=5.0, inner_steps=2, coupled=False, estimator=bl.Plain()),
     "meha": bl.MEHA(0.2, c=5.0, gamma=3.0, theta_step=0.1),
+    "lvhba": bl.LVHBA(0.1, c=5.0, gamma=3.0),  # without constraints
     "bamm": bl.BAMM(0.2, 0.1, mu=0.3),
     "amigo": bl.AmIGO(0.2, inner_steps=2, adjoint_steps=3),
     "stocbio": bl.StocBiO(0.2, inner_steps=2, adjoint_steps=3),
@@ -67,8 +68,11 @@ SINGLE_LOOP = {
     "vpbgd": bl.VPBGD(0.2, penalty=5.0, outer_step=0.1, inner_steps=2),
     "gpbgd": bl.GPBGD(0.04, penalty=5.0),
     "bome": bl.BOME(0.2, 0.5, 0.1, inner_steps=2),
+    "pzobo": bl.PZOBO(0.2, 0.1, directions=3, inner_steps=2),
 }
 """Engines that take one short cycle per outer step, as they are used; they have a contract of their own."""
 
 RANDOM = {"es": bl.ES(), "pes": bl.ES(persistent=True)}
 """Engines whose result is noise around a gradient; they have tests of their own."""
+INNER_STEPS = (bl.BDA(), bl.IAPTT())
+"""Engines whose steps lead elsewhere than to the inner solution of a strongly convex problem; tested by hand."""

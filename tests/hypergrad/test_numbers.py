@@ -30,6 +30,18 @@ NUMBERS |= {
     bl.VPBGD: {"step_size": (0.2, 0.3), "penalty": (5.0, 6.0), "outer_step": (0.1, 0.2)},
     bl.GPBGD: {"step_size": (0.01, 0.02), "penalty": (5.0, 6.0)},
     bl.BOME: {"step_size": (0.2, 0.3), "eta": (0.5, 0.6), "outer_step": (0.1, 0.2)},
+    bl.BDA: {**NUMBERS[bl.Unrolled], "weight": (0.5, 0.8)},
+    bl.IAPTT: {"start_step": (0.1, 0.2)},
+    bl.LVHBA: {
+        "step_size": (0.2, 0.3),
+        "c": (10.0, 20.0),
+        "gamma": (3.0, 4.0),
+        "dual_gamma": (2.0, 3.0),
+        "theta_step": (0.1, 0.2),
+        "zeta_step": (0.1, 0.2),
+        "limit": (10.0, 20.0),
+    },
+    bl.PZOBO: {"step_size": (0.2, 0.3), "smoothing": (0.1, 0.2)},
     bl.MEHA: {
         "step_size": (0.2, 0.3),
         "c": (10.0, 20.0),
@@ -151,8 +163,9 @@ def test_numbers_lam_and_data_trace_once(cls, seed, count_traces):
         bl.Unrolled,
         bl.Forward,
         bl.STORM,
-        bl.BAMM,
-    }  # its rate says nothing without noise
+        bl.BAMM,  # its rate says nothing without noise
+        bl.IAPTT,  # its start has not moved yet
+    }
     if issubclass(cls, bl.AbstractEngine | bl.AbstractEstimator) and cls not in exact:
         assert not np.allclose(loop[0], loop[1], rtol=1e-6)
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *setups)

@@ -73,8 +73,11 @@ def test_maps_of_a_quadratic_programme_on_the_simplex(seed):
     Q, b = jnp.asarray(A @ A.T + np.eye(6)), jnp.asarray(2 * rng.normal(size=6))
     loss = lambda w, lam: 0.5 * w @ Q @ w - (b + lam * jnp.sin(jnp.arange(6.0))) @ w
 
-    def solve(lam, Q=np.asarray(Q), b=np.asarray(b)):
+    dense, linear = np.asarray(Q), np.asarray(b)
+
+    def solve(lam):
         """By active sets, all of them."""
+        Q, b = dense, linear
         best, value = None, np.inf
         for pattern in range(1, 64):
             on = np.array([pattern >> i & 1 for i in range(6)], bool)
