@@ -56,6 +56,7 @@ class ES(AbstractEngine):
     estimate: bool | None = static(None)
 
     estimates = False
+    second_order = False
     proximal = True
     fixed_points = True
 

@@ -85,9 +85,13 @@ def stop_level(tol: Scalar, w: Tree) -> Scalar:
 
 
 def rounding_level(value: Scalar, w: Tree) -> Scalar:
-    """`10 eps max(1, |value|)`: a gradient norm below this is rounding error."""
+    """`10 eps max(1, |value| / max(1, ||w||))`: a gradient norm below this is rounding error.
+
+    By `||w||`, or an iteration that diverges would end up below it: values grow as the square of gradients.
+    """
     dtype = tree.accumulation_dtype(w)
-    return 10 * tree.epsilon(w) * jnp.maximum(jnp.abs(value).astype(dtype), 1.0)
+    size = jnp.maximum(tree.norm(w).astype(dtype), 1.0)
+    return 10 * tree.epsilon(w) * jnp.maximum(jnp.abs(value).astype(dtype) / size, 1.0)
 
 
 def judge(
@@ -100,7 +104,7 @@ def judge(
 ) -> SolveInfo:
     """Value and recomputed residual at `w`, and the status they deserve.
 
-    A tolerance below the rounding level `10 eps max(1, |value|)` is met there. `tol = 0` asks for a
+    A tolerance below the rounding level is met there. `tol = 0` asks for a
     fixed budget: what residual is left is OK.
     """
     value = objective(w, batch)

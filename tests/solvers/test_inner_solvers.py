@@ -320,3 +320,14 @@ def test_checkpointing_changes_memory_and_nothing_else(seed):
         np.testing.assert_allclose(same_derivative, derivative, rtol=1e-12)
         memory[levels] = program.memory_analysis().temp_size_in_bytes
     assert memory[2] < memory[1] < memory[0] and memory[2] < memory[0] / 2
+
+
+def test_far_out_nothing_counts_as_rounding():
+    """An iteration that diverges: values, of which rounding is a fraction, grow as the square of gradients."""
+    objective = Objective(lambda w, lam, batch: 0.5 * jnp.sum(w**2), None)
+    solver = GradientDescent(3.0, max_steps=60)  # w <- -2 w
+    w = jnp.ones(DIM)
+    state = solver.init(objective, w, None)
+    w, _, info = solver_loops.solve(solver, objective, w, state, constant_sampler(None))
+    assert jnp.all(jnp.abs(w) > 1e17)
+    assert info.status == Status.MAX_STEPS

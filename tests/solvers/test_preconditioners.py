@@ -36,7 +36,10 @@ def test_nystrom_gets_better_with_the_rank(seed):
     errors = []
     for rank in (2, 20, 40, 100):
         x, info = solve(Nystrom(rank=rank, damping=0.1), matrix, b)
-        assert info.status == Status.OK and info.num_steps == min(rank, 40)
+        # Where more is left than x = 0 leaves, it is no approximate inverse.
+        useless = info.residual > 1
+        assert useless == (rank == 2) and info.num_steps == min(rank, 40)
+        assert info.status == (Status.MAX_STEPS if useless else Status.OK)
         errors.append(np.linalg.norm(x - exact) / np.linalg.norm(exact))
     assert errors[0] > 3 * errors[1] > 1e-4 and max(errors[2:]) < 1e-12
 
@@ -83,7 +86,8 @@ def test_vmap_over_matrices_equals_the_loop(name, seed):
     xs, infos = solve_all(solver, jnp.asarray(matrices), jnp.asarray(rhs))
     for i, (matrix, b) in enumerate(zip(matrices, rhs, strict=True)):
         x, info = solve(solver, matrix, b)
-        assert info.status == infos.status[i] == Status.OK
+        assert info.status == infos.status[i]
+        assert (info.status == Status.OK) == (info.residual <= 1)
         np.testing.assert_allclose(xs[i], x, rtol=1e-8, atol=1e-8)
 
 
