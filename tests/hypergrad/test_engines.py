@@ -13,7 +13,6 @@ from hypergrad_cases import CASES, EXACT_LBFGS, INNER_STEPS, RANDOM, SINGLE_LOOP
 import bilevel as bl
 from hypergrad.estimate import assess
 from hypergrad.registry import ENGINES
-from solvers import tree
 
 NAMES = sorted(CASES)
 
@@ -30,6 +29,13 @@ def relative(x, reference):
     return np.linalg.norm(flat(x) - flat(reference)) / np.linalg.norm(flat(reference))
 
 
+def lean(name):
+    """The row's engine; but one without an adjoint and one with are enough where no test looks at the estimate."""
+    engine = CASES[name].engine
+    keeps = name in ("implicit", "unrolled") or not hasattr(engine, "estimate")
+    return engine if keeps else dataclasses.replace(engine, estimate=False)
+
+
 def test_every_registered_engine_has_a_case():
     engines = [case.engine for case in CASES.values()]
     engines += [*SINGLE_LOOP.values(), *RANDOM.values(), *INNER_STEPS]
@@ -43,7 +49,7 @@ def test_every_registered_engine_has_a_case():
 def test_matches_the_closed_form(name, kind, seed):
     row, case = CASES[name], problems.make(kind, seed)
     h = bl.hypergradient(
-        problem_of(case), case.lam, case.w, engine=row.engine, solver=row.solver, throw=False
+        problem_of(case), case.lam, case.w, engine=lean(name), solver=row.solver, throw=False
     )
     truth = case.hypergradient(case.lam)
     if name != "onestep":  # biased by design
@@ -66,7 +72,7 @@ def test_error_estimate_bounds_the_true_error(name, seed):
     assert float(h.info.error_estimate) < 2 * error * size + 1e-6
 
 
-@pytest.mark.parametrize("steps", [1, 3, 10, 30])
+@pytest.mark.parametrize("steps", [1, 10])
 def test_short_neumann_series_reports_its_error(steps, seed):
     case = problems.make("quadratic", seed)
     engine = bl.Implicit(bl.Neumann(max_steps=steps))
@@ -81,12 +87,12 @@ def test_jit_vmap_and_state(name, seed):
     """jit equals no jit, vmap equals a loop, a step keeps the state's structure and types."""
     row, case = CASES[name], problems.make("quadratic", seed)
     problem = problem_of(case)
-    kwargs = {"engine": row.engine, "solver": row.solver, "throw": False}
+    kwargs = {"engine": lean(name), "solver": row.solver, "throw": False}
     one = lambda lam: bl.hypergradient(problem, lam, case.w, **kwargs).grad
-    lams = jnp.stack([case.lam, 2 * case.lam])
-    loop = jnp.stack([one(lam) for lam in lams])
+    lams = np.stack([case.lam, 2 * case.lam])
+    loop = np.stack([one(lam) for lam in lams])
     np.testing.assert_allclose(jax.jit(one)(case.lam), loop[0], rtol=1e-7, atol=1e-9)
-    np.testing.assert_allclose(jax.vmap(one)(lams), loop, rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(jax.jit(jax.vmap(one))(lams), loop, rtol=1e-5, atol=1e-7)
 
     key = jax.random.key(seed)
     state = row.engine.init(problem, row.solver, case.w, case.lam, key)
@@ -102,7 +108,7 @@ def test_keeps_float32(name, seed):
     row, case = CASES[name], problems.make("quadratic", seed, jnp.float32)
     solver = row.solver and dataclasses.replace(row.solver, tol=1e-5)
     h = bl.hypergradient(
-        problem_of(case), case.lam, case.w, engine=row.engine, solver=solver, throw=False
+        problem_of(case), case.lam, case.w, engine=lean(name), solver=solver, throw=False
     )
     assert {leaf.dtype for leaf in jax.tree.leaves((h.grad, h.w))} == {jnp.dtype("float32")}
     if name not in ("onestep", "moreau", "f2sa-1", "f2sa"):  # penalties magnify rounding by 1/nu
@@ -122,12 +128,11 @@ def test_nan_in_data_is_nonfinite(name, seed):
     row, case = CASES[name], problems.make("quadratic", seed)
     bad = jax.tree.map(lambda x: x.at[(0,) * x.ndim].set(jnp.nan), case.inner_data)
     problem = bl.Problem(case.inner, case.outer, bad, case.outer_data)
-    h = bl.hypergradient(
-        problem, case.lam, case.w, engine=row.engine, solver=row.solver, throw=False
-    )
+    engine = lean(name)
+    h = bl.hypergradient(problem, case.lam, case.w, engine=engine, solver=row.solver, throw=False)
     assert int(h.info.status) == bl.Status.NONFINITE
     with pytest.raises(bl.BilevelError, match="NONFINITE.*NaN"):
-        bl.hypergradient(problem, case.lam, case.w, engine=row.engine, solver=row.solver)
+        bl.hypergradient(problem, case.lam, case.w, engine=engine, solver=row.solver)
 
 
 @pytest.mark.parametrize("linear", [bl.CG(), bl.Dense()], ids=["cg", "dense"])
@@ -225,8 +230,10 @@ def test_own_hessian_product_equals_autodiff(seed):
     from problems.classification import softmax_hvp
 
     case = problems.make("softmax", seed)
-    own = bl.hypergradient(problem_of(case, inner_hvp=softmax_hvp), case.lam, case.w)
-    auto = bl.hypergradient(problem_of(case), case.lam, case.w)
+    own, auto = (
+        bl.hypergradient(problem, case.lam, case.w, engine=bl.Implicit(estimate=False))
+        for problem in (problem_of(case, inner_hvp=softmax_hvp), problem_of(case))
+    )
     np.testing.assert_allclose(own.grad, auto.grad, rtol=1e-8)
 
 
@@ -239,7 +246,7 @@ def test_unrolled_learning_rate_and_start(checkpoint):
     problem = bl.Problem(inner, outer, inner_init=lambda lam, batch: lam["start"])
     lam = {"rate": 0.3, "start": 2.0}
     solver = lambda lam: bl.GradientDescent(learning_rate=lam["rate"], max_steps=T)
-    engine = bl.Unrolled(checkpoint=checkpoint)
+    engine = bl.Unrolled(checkpoint=checkpoint, estimate=False)
     found = bl.hypergradient(problem, lam, 0.0, solver=solver, engine=engine).grad
     np.testing.assert_allclose(found["start"], (1 - 0.3 * h) ** T, rtol=1e-12)
     np.testing.assert_allclose(found["rate"], -2 * T * h * (1 - 0.3 * h) ** (T - 1), rtol=1e-12)
@@ -255,9 +262,12 @@ def test_truncation_is_the_neumann_series(seed):
     w = jnp.asarray(case.solution(case.lam))
     problem = problem_of(case)
     gd = bl.GradientDescent(learning_rate=0.3, max_steps=K + 5)
-    unrolled = bl.hypergradient(problem, case.lam, w, engine=bl.Unrolled(truncate=K), solver=gd)
-    series = bl.hypergradient(
-        problem, case.lam, w, engine=bl.Implicit(bl.Neumann(max_steps=K, step=0.3)), solver=gd
+    unrolled, series = (
+        bl.hypergradient(problem, case.lam, w, engine=engine, solver=gd)
+        for engine in (
+            bl.Unrolled(truncate=K, estimate=False),
+            bl.Implicit(bl.Neumann(max_steps=K, step=0.3), estimate=False),
+        )
     )
     np.testing.assert_allclose(unrolled.grad, series.grad, rtol=1e-9)
 
@@ -273,7 +283,8 @@ def test_truncation_continues_from_the_first_steps(checkpoint, seed):
             w = w - rate * gradient(w, lam, case.inner_data)
         return w
 
-    head = trained(case.lam, case.w, T - K)
+    final = jax.jit(trained, static_argnums=2)
+    head = final(case.lam, case.w, T - K)
     expected = jax.jit(
         jax.grad(lambda lam: case.outer(trained(lam, head, K), lam, case.outer_data))
     )(case.lam)
@@ -281,18 +292,22 @@ def test_truncation_continues_from_the_first_steps(checkpoint, seed):
         problem_of(case),
         case.lam,
         case.w,
-        engine=bl.Unrolled(truncate=K, checkpoint=checkpoint),
+        engine=bl.Unrolled(truncate=K, checkpoint=checkpoint, estimate=False),
         solver=bl.GradientDescent(learning_rate=rate, max_steps=T),
     )
     np.testing.assert_allclose(h.grad, expected, rtol=1e-10)
-    np.testing.assert_allclose(h.w, trained(case.lam, case.w, T), rtol=1e-10)
+    np.testing.assert_allclose(h.w, final(case.lam, case.w, T), rtol=1e-10)
 
 
 def test_one_step_is_one_term_of_the_series(seed):
     """q = step c at the inner solution."""
     case, step = problems.make("quadratic", seed), 0.3
     h = bl.hypergradient(
-        problem_of(case), case.lam, case.w, engine=bl.OneStep(step), solver=EXACT_LBFGS
+        problem_of(case),
+        case.lam,
+        case.w,
+        engine=bl.OneStep(step, estimate=False),
+        solver=EXACT_LBFGS,
     )
     _, B, _, D, t, rho = case.means
     expected = rho * flat(case.lam) + step * B.T @ (D @ (case.solution(case.lam) - t))
@@ -340,17 +355,13 @@ def test_difference_order(order, seed):
 def test_minibatches_are_unbiased_in_the_mean_and_repeatable(seed):
     case = problems.make("quadratic", seed)
     problem = problem_of(case, batch_size=(None, 4))
-    call = eqx.filter_jit(
-        lambda key: (
-            bl.hypergradient(
-                problem, case.lam, case.w, solver=EXACT_LBFGS, key=key, throw=False
-            ).grad
-        )
-    )
+    kwargs = {"solver": EXACT_LBFGS, "engine": bl.Implicit(estimate=False), "throw": False}
+    call = lambda key: bl.hypergradient(problem, case.lam, case.w, key=key, **kwargs).grad
+    draw = jax.jit(jax.vmap(call))
     keys = jax.random.split(jax.random.key(seed), 300)
-    draws = jax.vmap(call)(keys)
-    np.testing.assert_array_equal(call(keys[0]), call(keys[0]))
-    truth, spread = case.hypergradient(case.lam), jnp.std(draws, axis=0) / 300**0.5
-    assert float(jnp.max(spread)) > 0
-    assert np.all(np.abs(np.mean(draws, axis=0) - truth) < 5 * np.asarray(spread) + 1e-9)
-    assert float(tree.norm(draws[0] - draws[1])) > 0
+    draws = np.asarray(draw(keys))
+    np.testing.assert_array_equal(draws, draw(keys))
+    truth, spread = case.hypergradient(case.lam), np.std(draws, axis=0) / 300**0.5
+    assert np.max(spread) > 0
+    assert np.all(np.abs(np.mean(draws, axis=0) - truth) < 5 * spread + 1e-9)
+    assert np.linalg.norm(draws[0] - draws[1]) > 0
