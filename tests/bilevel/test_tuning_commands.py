@@ -44,12 +44,12 @@ def test_every_engine_tunes(engine):
     assert tuned.cv_loss <= 1.01 * folds.curve(np.geomspace(1e-4, 1, 30))[0].min()
 
 
-def cleaning(seed: int):
+def cleaning(seed: int, num_rows: int = 1000):
     table = load_table("digits", None)
-    split = clean_split(table, 100, 1000, seed)
+    split = clean_split(table, 100, num_rows, seed)
     truth = table.y[split.train]
     labels, wrong = flip_labels(truth, 10, 0.5, seed)
-    assert wrong.sum() == 500
+    assert wrong.sum() == num_rows // 2
     rows = Rows(table, split, labels, seed)
 
     def accuracy(fit):
@@ -86,9 +86,9 @@ def test_cleaning_beats_honest_baselines():
 @pytest.mark.parametrize("engine", ["unrolled", "f2sa", "moreau"])
 def test_the_other_engines_clean(engine):
     with jax.enable_x64(False):
-        rows, wrong, _, accuracy = cleaning(1)
+        rows, wrong, _, accuracy = cleaning(0, 500)
         cleaned = optimise(rows, engine, quiet)
-        # On this seed the noisy, trusted and pooled fits reach 0.874, 0.904 and 0.897.
+        # On these rows the noisy, trusted and pooled fits reach 0.840, 0.886 and 0.881.
         assert accuracy(cleaned.fit) >= 0.92
         assert f1_kept(cleaned, wrong) >= 0.93
 

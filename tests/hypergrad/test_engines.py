@@ -95,7 +95,8 @@ def test_jit_vmap_and_state(name, seed):
     np.testing.assert_allclose(jax.jit(jax.vmap(one))(lams), loop, rtol=1e-5, atol=1e-7)
 
     key = jax.random.key(seed)
-    state = row.engine.init(problem, row.solver, case.w, case.lam, key)
+    init = lambda: row.engine.init(problem, row.solver, case.w, case.lam, key)
+    state = jax.eval_shape(init)
     after = jax.eval_shape(
         lambda s: row.engine.step(problem, row.solver, case.w, case.lam, s, key)[1], state
     )

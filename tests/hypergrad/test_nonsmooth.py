@@ -200,16 +200,16 @@ def test_jit_vmap_and_state(name):
     engine = bl.Implicit(estimate=False)  # short to compile
     settings = {"engine": engine, "solver": SOLVER, "throw": False}
     one = lambda lam: bl.hypergradient(problem, lam, w, **settings).grad
-    lams = jax.tree.map(lambda x: jnp.stack([x, x + 0.05]), lam)
+    lams = jax.tree.map(lambda x: np.stack([x, x + 0.05]), lam)
     loop = [one(jax.tree.map(lambda x, i=i: x[i], lams)) for i in (0, 1)]
-    both = jax.vmap(one)(lams)
+    both = jax.jit(jax.vmap(one))(lams)
     for i in (0, 1):
-        row = jax.tree.map(lambda x, i=i: x[i], both)
+        row = jax.tree.map(lambda x, i=i: np.asarray(x)[i], both)
         np.testing.assert_allclose(flat(row), flat(loop[i]), rtol=1e-7, atol=1e-10)
     np.testing.assert_allclose(flat(jax.jit(one)(lam)), flat(loop[0]), rtol=1e-9)
 
     key = jax.random.key(0)
-    state = engine.init(problem, SOLVER, w, lam, key)
+    state = jax.eval_shape(lambda: engine.init(problem, SOLVER, w, lam, key))
     after = jax.eval_shape(lambda s: engine.step(problem, SOLVER, w, lam, s, key)[1], state)
     shape = lambda t: jax.tree.map(lambda x: (x.shape, x.dtype, x.weak_type), t)
     assert shape(jax.eval_shape(lambda s: s, state)) == shape(after)

@@ -89,33 +89,37 @@ def test_ready_problems(kind, shape, seed):
     problem = getattr(bl.glm, kind)(X[:N], y[:N], X[N:], y[N:])
     lam_shape = {"one": (), "feature": (4,), "full": w_shape}[shape]
     lam = jnp.asarray(np.exp(rng.normal(size=lam_shape) - 2))
-    w, v, other = (jnp.asarray(rng.normal(size=w_shape)) for _ in range(3))
+    w, v, other = (rng.normal(size=w_shape) for _ in range(3))
     data = problem.inner_data, problem.outer_data
 
     gradient = jax.grad(problem.inner)
-    hvp = lambda w, v: jax.jvp(lambda w: gradient(w, lam, data[0]), (w,), (v,))[1]
-    np.testing.assert_allclose(
-        problem.inner_hvp(w, lam, data[0], v), hvp(w, v), rtol=1e-10, atol=1e-12
-    )
-    apply = problem.inner_preconditioner(w, lam, data[0])
-    dense = jax.jacfwd(apply)(jnp.zeros(w_shape)).reshape(w.size, w.size)
+    outer = jax.jit(jax.grad(problem.outer))
+    hessian = jax.jit(lambda w: jax.hessian(problem.inner)(w, lam, data[0]).reshape(w.size, w.size))
+
+    @jax.jit
+    def found(w, v):
+        hvp = jax.jvp(lambda w: gradient(w, lam, data[0]), (w,), (v,))[1]
+        dense = jax.jacfwd(problem.inner_preconditioner(w, lam, data[0]))(jnp.zeros(w_shape))
+        C = jax.jacobian(gradient, argnums=1)(w, lam, data[0]).reshape(w.size, -1)
+        constants = problem.constants(w, lam, *data)
+        return problem.inner_hvp(w, lam, data[0], v), hvp, dense, C, constants
+
+    own, hvp, dense, C, constants = found(w, v)
+    np.testing.assert_allclose(own, hvp, rtol=1e-10, atol=1e-12)
+    dense = np.asarray(dense).reshape(w.size, w.size)
     np.testing.assert_allclose(dense, dense.T, atol=1e-10 * np.abs(dense).max())
     assert np.linalg.eigvalsh(dense)[0] > 0
-    H = jax.hessian(problem.inner)(w, lam, data[0]).reshape(w.size, w.size)
+    H = np.asarray(hessian(w))
     if kind == "softmax":  # far better conditioned than it was, though not the inverse
         spread = lambda M: np.ptp(np.log(np.linalg.eigvals(M).real))
         assert spread(dense @ H) < 0.6 * spread(H)
     else:
         np.testing.assert_allclose(dense @ H, np.eye(w.size), atol=1e-8)
-    constants = problem.constants(w, lam, *data)
-    C = jax.jacobian(gradient, argnums=1)(w, lam, data[0]).reshape(w.size, -1)
     np.testing.assert_allclose(constants.cross_norm, np.linalg.norm(C, 2), rtol=1e-10)
-    hessian = lambda w: jax.hessian(problem.inner)(w, lam, data[0]).reshape(w.size, w.size)
     assert np.linalg.eigvalsh(hessian(w))[0] >= constants.strong_convexity - 1e-12
     size = np.linalg.norm(w - other)
     change = np.linalg.norm(hessian(w) - hessian(other), 2)
     assert change <= constants.hessian_lipschitz * size + 1e-12
-    outer = jax.grad(problem.outer)
     change = np.linalg.norm(outer(w, lam, data[1]) - outer(other, lam, data[1]))
     assert change <= constants.outer_lipschitz * size + 1e-12
 

@@ -14,7 +14,8 @@ KEY = jax.random.key(0)
 
 def start(problem, solver, w, lam):
     linear = bl.CG(rtol=1e-12) if solver.symmetric else bl.GMRES(rtol=1e-12)
-    return newton_start(problem, solver, linear, w, jnp.asarray(lam), problem.inner_data, KEY)
+    call = lambda w, lam: newton_start(problem, solver, linear, w, lam, problem.inner_data, KEY)
+    return jax.jit(call)(w, jnp.asarray(lam))
 
 
 def logistic(seed):
@@ -40,12 +41,15 @@ def test_the_error_of_the_start_is_of_second_order(seed):
         )
     )
     w = at(0.05)
+    line = jax.jit(
+        lambda before, lam: extrapolated_start(problem, solver, w, before, lam, problem.inner_data)
+    )
     errors = {"last": [], "newton": [], "extrapolated": []}
     for move in (0.01, 0.005):
         lam = 0.05 + move
         moved, products = start(problem, solver, w, lam)
         assert int(products) > 0
-        secant = extrapolated_start(problem, solver, w, at(0.05 - move), lam, problem.inner_data)
+        secant = line(at(0.05 - move), lam)
         for found, point in zip(errors.values(), (w, moved, secant), strict=True):
             found.append(np.linalg.norm(point - at(lam)))
     for name, order in {"last": 2, "newton": 4, "extrapolated": 4}.items():
@@ -56,7 +60,7 @@ def test_the_error_of_the_start_is_of_second_order(seed):
 def test_the_lasso_path_is_followed_exactly(seed):
     """Piecewise linear in the penalty: exact while the support stays."""
     rng = np.random.default_rng([seed, 31])
-    X, y = jnp.asarray(rng.normal(size=(30, 8))), jnp.asarray(rng.normal(size=30))
+    X, y = rng.normal(size=(30, 8)), rng.normal(size=30)
     problem = bl.Problem(
         lambda w, lam, batch: 0.5 * jnp.mean((X @ w - y) ** 2),
         lambda w, lam, batch: jnp.sum(w**2),
@@ -64,6 +68,7 @@ def test_the_lasso_path_is_followed_exactly(seed):
     )
     solver = bl.ProximalGradient(learning_rate=0.1)
 
+    @jax.jit
     def solve(lam):
         step = 1 / np.linalg.eigvalsh(X.T @ X / 30)[-1]
         forward = lambda w: w - step * X.T @ (X @ w - y) / 30
