@@ -72,14 +72,15 @@ NUMBERS |= {
         "learning_rate": (0.3, 0.4),
         "momentum": (0.1, 0.2),
         "tol": (1e-8, 1e-9),
+        "steps": (20, 30),
     },
-    bl.FixedPoint: {"tol": (1e-8, 1e-9)},
-    bl.LBFGS: {"tol": (1e-8, 1e-9)},
-    bl.Solved: {"tol": (1e-8, 1e-9)},
-    bl.Newton: {"tol": (1e-8, 1e-9)},
-    bl.OptaxSolver: {"tol": (1e-8, 1e-9)},
-    bl.JaxoptSolver: {"tol": (1e-8, 1e-9)},
-    bl.ProximalGradient: {"learning_rate": (0.3, 0.4), "tol": (1e-8, 1e-9)},
+    bl.FixedPoint: {"tol": (1e-8, 1e-9), "steps": (20, 30)},
+    bl.LBFGS: {"tol": (1e-8, 1e-9), "steps": (20, 30)},
+    bl.Solved: {"tol": (1e-8, 1e-9), "steps": (20, 30)},
+    bl.Newton: {"tol": (1e-8, 1e-9), "steps": (20, 30)},
+    bl.OptaxSolver: {"tol": (1e-8, 1e-9), "steps": (20, 30)},
+    bl.JaxoptSolver: {"tol": (1e-8, 1e-9), "steps": (20, 30)},
+    bl.ProximalGradient: {"learning_rate": (0.3, 0.4), "tol": (1e-8, 1e-9), "steps": (20, 30)},
 }
 
 

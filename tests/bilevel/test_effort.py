@@ -1,0 +1,107 @@
+"""How much work goes into which outer step and which task."""
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import bilevel as bl
+from bilevel.schedules import periodic
+
+RATE, H = 0.2, np.array([1.0, 3.0])
+TARGET = np.array([0.3, -0.4])
+
+
+def inner(w, lam, batch):
+    """w* = lam / H, and a step of gradient descent is `w - RATE (H w - lam)`."""
+    return 0.5 * w @ (H * w) - jnp.sum(lam * w)
+
+
+def outer(w, lam, batch):
+    return 0.5 * jnp.sum((w - TARGET) ** 2)
+
+
+def one_step(lam, w, steps):
+    for _ in range(int(steps)):
+        w = w - RATE * (H * w - lam)
+    return w, lam - 0.1 * np.sum((w - TARGET) / H)
+
+
+def by_hand(lam, w, steps):
+    """Outer values of a run with so many inner steps in each outer step."""
+    values = []
+    for count in steps:
+        w, following = one_step(lam, w, count)
+        values.append(0.5 * np.sum((w - TARGET) ** 2))
+        lam = following
+    return values
+
+
+def run(problem, solver, **kwargs):
+    given = {"engine": bl.Implicit(bl.Dense(), estimate=False), "outer": optax.sgd(0.1)} | kwargs
+    return bl.run(problem, 0.7, jnp.zeros(2), solver=solver, **given)
+
+
+def descent(**kwargs):
+    return bl.GradientDescent(RATE, max_steps=9, **kwargs)
+
+
+def test_steps_follow_a_schedule_in_one_program(count_traces):
+    loss = count_traces(inner)
+    problem = bl.Problem(loss, outer)
+    growing = lambda step: 1 + 2 * step
+    result = run(problem, descent(tol=0.0, steps=growing), num_steps=6, chunk=6)
+    np.testing.assert_array_equal(result.history.inner_steps, [1, 3, 5, 7, 9, 9])
+    expected = by_hand(0.7, np.zeros(2), result.history.inner_steps)
+    np.testing.assert_allclose(result.history.outer_value, expected, rtol=1e-12)
+    traces = loss.count
+    for steps in (3, 2.9):
+        counted = run(problem, descent(tol=0.0, steps=steps), num_steps=2, chunk=6)
+        np.testing.assert_array_equal(counted.history.inner_steps, int(steps))
+        if steps == 3:  # a number where a schedule was: another program
+            traces = loss.count
+    assert loss.count == traces
+
+
+def test_a_refresh_every_few_steps():
+    """Exact solves at times, and nothing in between: w stays, the outer variable moves."""
+    rare = descent(tol=0.0, steps=periodic(0, 4, 3))
+    result = run(bl.Problem(inner, outer), rare, num_steps=5)
+    np.testing.assert_array_equal(result.history.inner_steps, [4, 0, 0, 4, 0])
+    expected = by_hand(0.7, np.zeros(2), [4, 0, 0, 4, 0])
+    np.testing.assert_allclose(result.history.outer_value, expected, rtol=1e-12)
+    tight = periodic(bl.schedules.power(1e-1, 1.0), 1e-9, 2)
+    solver = bl.GradientDescent(RATE, max_steps=300, tol=tight)
+    result = run(bl.Problem(inner, outer), solver, num_steps=5)
+    assert np.all(result.history.inner_residual[::2] < 1e-9)
+    assert np.all(result.history.inner_residual[1::2] > 1e-9)
+    assert np.all(result.history.inner_residual[1::2] < [0.05, 0.025])
+
+
+def test_steps_of_minibatches_and_of_tasks_on_lanes():
+    rows = np.random.default_rng(0).normal(size=(12, 2))
+    noisy = lambda w, lam, batch: inner(w, lam, batch) - w @ jnp.mean(batch, axis=0)
+    problem = bl.Problem(noisy, outer, rows, batch_size=(3, None))
+    growing = lambda step: 1 + step
+    result = run(problem, descent(steps=growing), num_steps=3)
+    np.testing.assert_array_equal(result.history.inner_steps, [1, 2, 3])
+    same = run(problem, descent(steps=2.0), num_steps=1)
+    fixed = run(problem, bl.GradientDescent(RATE, max_steps=2), num_steps=1)
+    np.testing.assert_array_equal(same.w, fixed.w)
+    scaled = lambda w, lam, task: inner(w, lam * task, None)
+    tasks = bl.Tasks(bl.Problem(scaled, outer), np.array([0.5, 1.0, 2.0]), lanes=2)
+    result = run(tasks, descent(tol=0.0, steps=growing), num_steps=3)
+    np.testing.assert_array_equal(result.history.inner_steps, [3, 6, 9])
+
+
+@pytest.mark.parametrize("engine", ["unrolled", "forward", "iaptt", bl.ES(persistent=True)])
+def test_engines_that_take_all_steps_refuse_a_bound(engine):
+    with pytest.raises(ValueError, match=r"GradientDescent\(steps=...\) bounds a loop that stops"):
+        run(bl.Problem(inner, outer), descent(steps=3), engine=engine)
+
+
+def test_bad_settings_of_effort():
+    with pytest.raises(ValueError, match="every must be at least 1, got 0"):
+        periodic(1.0, 2.0, 0)
+    with pytest.raises(ValueError, match=r"LBFGS\(steps=...\) must be at least 0"):
+        bl.LBFGS(steps=-1)
