@@ -161,7 +161,7 @@ class Tasks(eqx.Module):
             return h._replace(w=part.put(w, h.w)), part.put(state, own)
         taken = jnp.zeros(self.count, jnp.int32)
         if self._refills(engine, solver):
-            w, state, taken = self._solve(solver, w, lam, state)
+            w, state, taken = self._solve(engine, solver, w, lam, state)
             solver = unchecked(solver, max_steps=0)  # the budget is spent
 
         def one(data: Any, w: Tree, state: Any, key: Array, factor: Array | None):
@@ -323,17 +323,19 @@ class Tasks(eqx.Module):
         few = 1 < self._lanes() < self.count // devices
         return few and fixed and engine.needs_implicit
 
-    def _solve(self, solver: Any, w: Tree, lam: Tree, state: Any) -> tuple[Tree, Any, Array]:
+    def _solve(
+        self, engine: AbstractEngine, solver: Any, w: Tree, lam: Tree, state: Any
+    ) -> tuple[Tree, Any, Array]:
         """Inner solves on refilled lanes: the engine's own then find nothing left to do."""
         objective = Shared(self.problem.inner_objective(lam), self.problem.inner_data)
 
-        def here(w: Tree, data: Any, own: Any) -> tuple[Tree, Any, Array]:
+        def here(w: Tree, data: Any, own: Any, tol: Any) -> tuple[Tree, Any, Array]:
             lanes = self._lanes()
-            w, own, info = solve_many(solver, objective, w, data, lanes=lanes, state=own)
+            w, own, info = solve_many(solver, objective, w, data, lanes=lanes, state=own, tol=tol)
             return w, own, info.inner.num_steps
 
         own = getattr(state, "inner", None)
-        w, own, taken = self._on_devices(here)(w, self.task_data, own)
+        w, own, taken = self._on_devices(here)(w, self.task_data, own, engine.inner_tol(state))
         return w, state if own is None else state._replace(inner=own), taken
 
 

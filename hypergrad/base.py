@@ -145,6 +145,10 @@ class AbstractEngine(Settings):
         """The solution of the adjoint system that the last step found; None where the engine has none."""
         return None
 
+    def inner_tol(self, state: Any) -> Array | None:
+        """The tolerance of the next inner solve, where the engine sets it; None leaves it to the solver."""
+        return None
+
     @classmethod
     def default_solver(cls) -> AbstractInnerSolver:
         """The inner solver where the user names none."""

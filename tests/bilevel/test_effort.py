@@ -105,3 +105,68 @@ def test_bad_settings_of_effort():
         periodic(1.0, 2.0, 0)
     with pytest.raises(ValueError, match=r"LBFGS\(steps=...\) must be at least 0"):
         bl.LBFGS(steps=-1)
+
+
+def quartic(w, lam, task):
+    """Curved, so that an inexact solution has an inexact hypergradient."""
+    return 0.25 * jnp.sum(w**4) + 0.5 * task * w @ (H * w) - jnp.sum(lam * w)
+
+
+def true_slopes(lam, tasks):
+    """By Newton's method, and the implicit function theorem on diagonal Hessians."""
+    grads = []
+    for task in tasks:
+        w = np.zeros(2)
+        for _ in range(50):
+            w = w - (w**3 + task * H * w - lam) / (3 * w**2 + task * H)
+        grads.append(np.sum((w - TARGET) / (3 * w**2 + task * H)))
+    return np.array(grads)
+
+
+def test_a_closed_loop_keeps_each_task_near_its_target():
+    scales = np.array([0.5, 2.0, 8.0, 30.0])
+    tasks = bl.Tasks(bl.Problem(quartic, outer), scales, lanes=2)
+    solver = bl.GradientDescent(0.01, max_steps=3000, tol=0.0)  # its own tolerance is not used
+
+    def slopes(target, num_steps=12):
+        engine = bl.Implicit(bl.CG(), target=target)
+        return run(
+            tasks, solver, engine=engine, outer=optax.sgd(1e-3), num_steps=num_steps, chunk=12
+        )
+
+    loose, tight = slopes(0.1), slopes(1e-3)
+    for result, target in ((loose, 0.1), (tight, 1e-3)):
+        tols = np.asarray(result.state.engine.accuracy.tol)
+        assert len(np.unique(tols)) == 4
+        h = bl.hypergradient(tasks, result.lam, result.w, solver=solver, engine="implicit")
+        assert np.all(np.isfinite(result.history.error_estimate))
+        assert np.all(result.history.error_estimate[6:] < 4 * target)
+        # The corrected hypergradient, at the last step's own lam.
+        before = float(result.lam) + 1e-3 * result.history.grad_norm[-1] * np.sign(h.grad)
+        truth = abs(np.mean(true_slopes(before, scales)))
+        assert abs(result.history.grad_norm[-1] / truth - 1) < target
+    assert np.all(tight.state.engine.accuracy.tol < loose.state.engine.accuracy.tol)
+    assert np.sum(loose.history.inner_steps) < 0.7 * np.sum(tight.history.inner_steps)
+    assert np.all(loose.history.adjoint_steps > 0)
+
+
+def test_a_closed_loop_alone_and_what_it_cannot_be(key):
+    from hypergrad.accuracy import Accuracy, following
+
+    at = Accuracy(jnp.asarray(1e-3), jnp.asarray(1e-2))
+    moved = lambda error, residual=1e-3: following(
+        at, jnp.asarray(error), jnp.asarray(residual), 0.1
+    )
+    np.testing.assert_allclose(moved(0.2), (5e-4, 5e-3))
+    np.testing.assert_allclose(moved(1e-5), (4e-3, 4e-2))
+    np.testing.assert_allclose(moved(1e-5, 1e-6), (1e-4, 4e-2))
+    np.testing.assert_allclose(moved(np.nan), (1e-4, 1e-3))
+    np.testing.assert_allclose(moved(np.inf), (1e-4, 1e-3))
+    problem = bl.Problem(inner, outer)
+    with pytest.raises(ValueError, match=r"target=...\) sets the rtol .* Dense has none"):
+        run(problem, bl.LBFGS(), engine=bl.Implicit(bl.Dense(), target=0.1))
+    with pytest.raises(TypeError, match=r"expected Implicit\(target=None\), got target=0.1"):
+        run(problem, bl.LBFGS(), engine=bl.Implicit(target=0.1), outer=bl.Adaptive())
+    noisy = bl.Problem(inner, outer, np.ones((4, 2)), batch_size=(2, None))
+    with pytest.raises(ValueError, match=r"target=...\) sets the tolerance of inner solves"):
+        run(noisy, descent(), engine=bl.Implicit(target=0.1))
