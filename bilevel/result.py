@@ -85,8 +85,8 @@ class Result:
     state: RunState
     best: Best
     stopped: str
-    """Why the run ended: "num_steps", "outer_tol", "patience", "callback", "status", "interrupted" (Ctrl-C) or
-    "terminated" (SIGTERM)."""
+    """Why the run ended: "num_steps", "outer_tol", "patience", "callback", "time_limit", "status", "interrupted"
+    (Ctrl-C) or "terminated" (SIGTERM)."""
     retries: int = 0
     """How often a failed step was tried again (`run(retries=...)`); `history.status` says which."""
 
@@ -122,6 +122,25 @@ def join(pieces: Sequence[History], empty: History) -> History:
     if not pieces:
         return jax.tree.map(lambda leaf: np.zeros((0,), jnp.result_type(leaf)), empty)
     return jax.tree.map(lambda *parts: np.concatenate(parts), *pieces)
+
+
+def finished(
+    lam: Tree, state: RunState, history: History, stopped: str, retries: int = 0
+) -> Result:
+    """The result of a run that ended at this state: its worst status, or else that of its last step."""
+    worst = int(state.worst)
+    if worst <= Status.MAX_STEPS and len(history.status):
+        worst = int(history.status[-1])
+    return Result(
+        lam=lam,
+        w=state.w,
+        history=history,
+        status=Status(worst),
+        state=state,
+        best=state.best,
+        stopped=stopped,
+        retries=retries,
+    )
 
 
 def verdict(

@@ -57,7 +57,7 @@ def solve(
         if solver.steps is None:
             w, state = run_steps(solver, objective, w, state, sampler, solver.max_steps)
         else:
-            step = lambda i, carry: solver.step(objective, *carry, sampler(i))
+            step = lambda i, carry: solver.step(objective, carry[0], carry[1], sampler(i))
             w, state = jax.lax.fori_loop(0, num_steps, step, (w, state))
     else:
         tol = tolerance(solver, w)

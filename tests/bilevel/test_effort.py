@@ -1,11 +1,13 @@
 """How much work goes into which outer step and which task."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
 import bilevel as bl
+from bilevel import chunks
 from bilevel.schedules import periodic
 
 RATE, H = 0.2, np.array([1.0, 3.0])
@@ -170,3 +172,28 @@ def test_a_closed_loop_alone_and_what_it_cannot_be(key):
     noisy = bl.Problem(inner, outer, np.ones((4, 2)), batch_size=(2, None))
     with pytest.raises(ValueError, match=r"target=...\) sets the tolerance of inner solves"):
         run(noisy, descent(), engine=bl.Implicit(target=0.1))
+
+
+def test_a_time_limit_ends_at_a_chunk_and_goes_on_with_the_same_bits(monkeypatch, tmp_path):
+    """On a clock that only chunks move: each takes 10 s."""
+    now = [0.0]
+    monkeypatch.setattr(chunks.time, "perf_counter", lambda: now[0])
+
+    def tick(state, rows):
+        now[0] += 10.0
+
+    go = lambda **kwargs: run(
+        bl.Problem(inner, outer), descent(tol=0.0), num_steps=9, chunk=2, callback=tick, **kwargs
+    )
+    whole = go()
+    first = go(time_limit=15.0, checkpoint=tmp_path)
+    assert first.stopped == "time_limit" and len(first.history.status) == 4
+    second = go(time_limit=1e-3, checkpoint=tmp_path, resume=True)  # one chunk at least
+    assert second.stopped == "time_limit" and len(second.history.status) == 6
+    last = go(time_limit=1e9, checkpoint=tmp_path, resume=True)
+    assert last.stopped == "num_steps"
+    jax.tree.map(np.testing.assert_array_equal, last.history, whole.history)
+    np.testing.assert_array_equal(last.lam, whole.lam)
+    for wrong in (0, -1.0, float("nan")):
+        with pytest.raises(ValueError, match="time_limit must be a positive number of seconds"):
+            go(time_limit=wrong)
