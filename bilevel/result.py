@@ -34,6 +34,8 @@ class History(NamedTuple):
     """2-norm of the hypergradient, on the natural scale of `lam`."""
     inner_residual: Array
     inner_steps: Array
+    lane_steps: Array
+    """Inner steps of all lanes of `Tasks`, idle or not, of which `inner_steps` were of use; else the same."""
     adjoint_steps: Array
     adjoint_residual: Array
     curvature: Array
@@ -109,6 +111,7 @@ def record(h: Hypergradient) -> History:
         grad_norm=tree.norm(h.grad),
         inner_residual=info.inner.residual,
         inner_steps=info.inner.num_steps,
+        lane_steps=info.inner.num_steps if info.lane_steps is None else info.lane_steps,
         adjoint_steps=info.adjoint_steps,
         adjoint_residual=info.adjoint_residual,
         curvature=info.curvature,

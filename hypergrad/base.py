@@ -86,6 +86,10 @@ class HypergradInfo(NamedTuple):
     """A `Status`, int32: the worst of the solves behind this hypergradient."""
     tasks: Any = None
     """Of a mean over tasks: the report of each, stacked."""
+    lane_steps: Any = None
+    """Of a mean over tasks: inner steps of all lanes, idle or not, int32; `inner.num_steps` are the useful ones."""
+    drawn: Any = None
+    """Of a mean over tasks that were drawn: their `numbers`, and the `factors` that each counts with."""
 
 
 class Hypergradient(NamedTuple):

@@ -53,7 +53,8 @@ def test_each_task_is_drawn_as_often_as_it_should(per_step, weights, key):
     once = [len(set(row)) == per_step for row in drawn.tolist()]
     assert all(once) == (weights is None)
     # A task's own randomness does not depend on which others are drawn.
-    part = tasks(per_step, weights)._part(key)
+    chosen = tasks(per_step, weights)
+    part = chosen._part(chosen._draw(key, None))
     own, every = (jax.random.key_data(x._keys(key)) for x in (part, tasks(None)))
     np.testing.assert_array_equal(own, every[part.numbers])
 

@@ -138,7 +138,7 @@ def test_a_closed_loop_keeps_each_task_near_its_target():
 
     loose, tight = slopes(0.1), slopes(1e-3)
     for result, target in ((loose, 0.1), (tight, 1e-3)):
-        tols = np.asarray(result.state.engine.accuracy.tol)
+        tols = np.asarray(result.state.engine.own.accuracy.tol)
         assert len(np.unique(tols)) == 4
         h = bl.hypergradient(tasks, result.lam, result.w, solver=solver, engine="implicit")
         assert np.all(np.isfinite(result.history.error_estimate))
@@ -147,7 +147,7 @@ def test_a_closed_loop_keeps_each_task_near_its_target():
         before = float(result.lam) + 1e-3 * result.history.grad_norm[-1] * np.sign(h.grad)
         truth = abs(np.mean(true_slopes(before, scales)))
         assert abs(result.history.grad_norm[-1] / truth - 1) < target
-    assert np.all(tight.state.engine.accuracy.tol < loose.state.engine.accuracy.tol)
+    assert np.all(tight.state.engine.own.accuracy.tol < loose.state.engine.own.accuracy.tol)
     assert np.sum(loose.history.inner_steps) < 0.7 * np.sum(tight.history.inner_steps)
     assert np.all(loose.history.adjoint_steps > 0)
 
