@@ -84,9 +84,9 @@ def run(
         counted in `result.retries`. For optax rules. An uneventful run has the same bits.
       time_limit: end the run after the first chunk that ends so many seconds after its begin, compilation included,
         with `stopped="time_limit"`. At least one chunk is done, so runs that are resumed get on.
-      progress: show the step, the outer value, the hypergradient's norm and error, inner and adjoint steps
-        and the time left on standard error after each chunk: one live line on a terminal where rich is
-        installed, else plain lines. None does so where standard error is a terminal.
+      progress: show the step, the outer value, the hypergradient's norm and error, inner and adjoint steps, how busy
+        the lanes of `Tasks` were, memory and the time left on standard error after each chunk: one live line on
+        a terminal where rich is installed, else plain lines. None does so where standard error is a terminal.
       callback: called as `callback(state, history_of_the_chunk)` after each chunk; a true result stops.
       log: file that gets the history while the run goes on, a line of JSON for each step; with `resume`,
         the lines that are there are gone on with, and no step comes twice.

@@ -175,12 +175,17 @@ def test_a_closed_loop_alone_and_what_it_cannot_be(key):
 
 
 def test_a_time_limit_ends_at_a_chunk_and_goes_on_with_the_same_bits(monkeypatch, tmp_path):
-    """On a clock that only chunks move: each takes 10 s."""
+    """On a clock that chunks move by 10 s, and a look at it by a little."""
     now = [0.0]
-    monkeypatch.setattr(chunks.time, "perf_counter", lambda: now[0])
+
+    def clock():
+        now[0] += 2e-3
+        return now[0]
 
     def tick(state, rows):
         now[0] += 10.0
+
+    monkeypatch.setattr(chunks.time, "perf_counter", clock)
 
     go = lambda **kwargs: run(
         bl.Problem(inner, outer), descent(tol=0.0), num_steps=9, chunk=2, callback=tick, **kwargs
