@@ -98,7 +98,8 @@ def run(
         without a break; begin where there is none. Settings may have new numbers; the data and the key
         may not.
       mesh: as in `hypergradient`: `Tasks`, their solutions and states are spread over its devices, `lam` is on
-        all of them, and each step adds up one hypergradient and report.
+        all of them, and each step adds up one hypergradient and report. Of a `Problem`, the rows of both levels
+        (`shard_rows`).
       throw: raise BilevelError at the end of a chunk for NONFINITE, INDEFINITE, BREAKDOWN or DIVERGED,
         and after the last step where it ended with MAX_STEPS.
 
@@ -122,7 +123,7 @@ def run(
     sample, w = (problem, w) if pool is None else pool.sample()
     given = prepared(sample, lam, w, solver, engine, outer, transform, key, mesh, retries)
     engine, problem, solver, rule, scales, w, lam, key = given
-    team = processes.team(getattr(problem, "mesh", None))
+    team = processes.team(sharding.mesh_of(problem))
 
     def advance(state: RunState, length: int, estimate: bool) -> tuple[RunState, History]:
         tasks, part, numbers = (problem, state, None) if pool is None else pool.load(state, length)

@@ -46,7 +46,8 @@ def hypergradient(
       engine: hypergradient engine or its name; "auto" takes what `bilevel.choose` finds, and logs why (logger
         `bilevel`, level INFO).
       key: random key (batches, probes); None is key 0.
-      mesh: `jax.sharding.Mesh` over whose devices `Tasks` are spread, their number a multiple of its size.
+      mesh: `jax.sharding.Mesh` over whose devices `Tasks`, or the rows of a `Problem` (`shard_rows`), are spread, their
+        number a multiple of its size.
       throw: raise BilevelError where the status is not OK. Inside `jit` or `vmap` pass False and read
         `info.status`.
 
