@@ -30,7 +30,7 @@ try:
 except ImportError:  # Windows: nothing then stops two runs from using one directory
     fcntl = None
 
-FORMAT = 1
+FORMAT = 2
 KEEP = 3
 """Checkpoints kept, newest first; each holds the best pair as well."""
 

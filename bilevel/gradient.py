@@ -104,7 +104,8 @@ def choose_lanes(
     """The number of lanes (of each device) that takes the fewest seconds for the step at `lam` and `w`.
 
     Tried are 1, 4, 8, 16, 32 and all tasks, on accelerators from the other end, until one takes a quarter
-    longer than the best; within a twentieth the earlier one is taken. Each costs one compilation and three steps.
+    longer than the best; within a twentieth the earlier one is taken. Each costs one compilation and three steps
+    (more where they are short).
     The answer is remembered in this process for these shapes and settings. It holds for solves like those
     of the first step; which number wins may change between processes, and results with it by rounding.
 

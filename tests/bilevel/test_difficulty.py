@@ -149,3 +149,17 @@ def test_the_work_of_lanes_and_of_tasks():
             waiting = history.lane_steps
         else:
             assert np.all(history.lane_steps < waiting)
+
+
+def test_the_error_estimate_is_that_of_the_tasks_drawn(key):
+    """At the end of a run, when the averages have moved on from those that the last step drew by."""
+    loose = bl.GradientDescent(0.1, max_steps=500, tol=1e-2)
+    settings = {"lr": 0.05, "key": key, "engine": bl.Implicit(bl.CG()), "solver": loose, "chunk": 3}
+    before = run(per_step=2, num_steps=2, **settings).state
+    history = run(per_step=2, num_steps=3, **settings).history
+    drawn = np.asarray(tasks(2).drawn(jax.random.fold_in(key, 2), before.engine))
+    odds = np.asarray(chances(before.engine.difficulty))
+    truth = abs(np.mean(slopes(float(before.lam))[drawn] / (COUNT * odds[drawn])))
+    error = abs(history.grad_norm[-1] - truth) / history.grad_norm[-1]
+    assert error > 1e-4
+    np.testing.assert_allclose(history.error_estimate[-1], error, rtol=0.1)
