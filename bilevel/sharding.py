@@ -21,18 +21,13 @@ def spread(problem: Any, mesh: Mesh | None) -> Any:
     """The tasks with their data spread over the devices of the mesh, and what they share on all of them.
 
     Of a `Problem`, the rows of its data. Raises TypeError for another problem or no mesh, ValueError where the
-    tasks or the rows do not divide among the devices, or rows come in batches.
+    tasks or the rows do not divide among the devices.
     """
     if mesh is None:
         return problem
     if not isinstance(mesh, Mesh):
         raise TypeError(f"mesh must be a jax.sharding.Mesh, got {mesh!r}.")
     if isinstance(problem, Problem):
-        if problem.batch_size != (None, None):
-            raise ValueError(
-                "mesh=... spreads the rows of a Problem, of which a batch would be gathered: expected "
-                f"batch_size=None, got {problem.batch_size}."
-            )
         data = {name: getattr(problem, name) for name in ("inner_data", "outer_data")}
         if not jax.tree.leaves(data):
             raise ValueError("mesh=... spreads the rows of a Problem's data, and it has none.")
@@ -56,9 +51,10 @@ def shard_rows(data: T, mesh: Mesh, name: str = "data") -> T:
     """Arrays with one common first axis, the rows, of which each device of the mesh gets its part.
 
     A `Problem` with such data computes in parallel: each device goes through its rows, and losses, gradients and
-    products with Hessians are added up. Nothing else has to change: `w` and `lam` are on all devices. `run(mesh=...)`
-    and `hypergradient(mesh=...)` do this to both levels. Where `w` is large, it may be sharded too: give arrays
-    with a `NamedSharding` of your own for `w` and for the data that meet it, and no mesh.
+    products with Hessians are added up. Nothing else has to change: `w` and `lam` are on all devices, and a batch
+    of `run` takes as many rows from each. `run(mesh=...)` and `hypergradient(mesh=...)` do this to both levels.
+    Where `w` is large, it may be sharded too: give arrays with a `NamedSharding` of your own for `w` and for the
+    data that meet it, and no mesh.
 
     Raises ValueError where the rows do not divide among the devices.
     """

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import bilevel as bl
+from bilevel.problem import shuffled
 
 CHILD = """
 import os, sys, tempfile
@@ -135,6 +136,35 @@ for found in (spread, wide):
     for name in ("outer_value", "grad_norm"):
         pair = getattr(found.history, name), getattr(expected.history, name)
         np.testing.assert_allclose(*pair, rtol=1e-6)
+
+# Batches: as many rows from each device, which has its own in an order of its own; a pass repeats none.
+from bilevel.problem import shuffled
+from bilevel.sharding import spread as spread_over
+
+def rows_of(batch):
+    return {X.tobytes(): i for i, X in enumerate(np.asarray(batch[0]))}
+
+key = jax.random.key(1)
+few = bl.Problem(penalised, loss, train, test, batch_size=(16, 40))
+here, there = shuffled(few, key, (8, 8)), shuffled(spread_over(few, mesh), key)
+numbers = rows_of(train)
+batches = jax.jit(lambda problem: jax.vmap(problem.inner_sampler(key))(jnp.arange(15)))
+pair = batches(here), batches(there)
+jax.tree.map(np.testing.assert_array_equal, *pair)
+drawn = np.array([[numbers[X.tobytes()] for X in batch] for batch in np.asarray(pair[1][0])])
+np.testing.assert_array_equal(drawn // 30, np.repeat(np.arange(8), 2)[None].repeat(15, 0))
+assert sorted(drawn.ravel()) == list(range(240)) and np.any(np.diff(drawn[:, 0]) < 0)
+jax.tree.map(np.testing.assert_array_equal, here.slots()[0].data[1], there.slots()[0].data[1])
+assert sorted(map(bytes, np.asarray(there.slots()[1].data[0]))) == sorted(map(bytes, np.asarray(test[0])))
+for leaf in jax.tree.leaves((there.inner_data, there.outer_data)):
+    assert leaf.addressable_shards[0].data.shape[0] == leaf.shape[0] // 8 > 0
+
+soba = {"engine": bl.SOBA(0.1, estimate=False), "num_steps": 4, "chunk": 4, "outer": optax.sgd(0.1)}
+stochastic = bl.run(few, lam, w, mesh=mesh, key=key, **soba)
+assert np.isfinite(stochastic.history.outer_value).all()
+program = jax.jit(lambda problem, w: jax.grad(problem.inner)(w, lam, problem.inner_sampler(key)(0)))
+text = program.lower(there, w).compile().as_text()
+assert set(re.findall(r" (all-[a-z]+|collective-[a-z]+)(?:-start)?\\(", text)) == {"all-reduce"}
 """
 
 
@@ -160,9 +190,9 @@ def test_what_cannot_be_spread_is_refused():
     problem = bl.Problem(loss, loss)
     with pytest.raises(ValueError, match=r"mesh=... spreads the rows .* and it has none"):
         bl.run(problem, 1.0, np.zeros(2), mesh=mesh)
-    batches = bl.Problem(loss, loss, np.ones((4, 2)), batch_size=(2, None))
-    with pytest.raises(ValueError, match=r"expected batch_size=None, got \(2, None\)"):
-        bl.run(batches, 1.0, np.zeros(2), mesh=mesh)
+    batches = bl.Problem(loss, loss, np.ones((4, 2)), batch_size=(3, None))
+    with pytest.raises(ValueError, match=r"each of 2 devices: expected a batch_size .* got 3"):
+        shuffled(batches, jax.random.key(0), (2, 1))
     mixed = bl.Problem(loss, loss, (np.ones((4, 2)), np.ones(())))
     with pytest.raises(ValueError, match=r"inner_data must hold arrays with one common first"):
         bl.run(mixed, 1.0, np.zeros(2), mesh=mesh)
