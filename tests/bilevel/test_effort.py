@@ -80,6 +80,19 @@ def test_a_refresh_every_few_steps():
     assert np.all(result.history.inner_residual[1::2] < [0.05, 0.025])
 
 
+def test_adjoint_steps_follow_a_schedule():
+    """Of conjugate gradients on a 2 x 2 system, from the last adjoint on: at least one; two solve it."""
+    adjoint = bl.CG(rtol=0.0, steps=lambda step: step)
+    engine = bl.Implicit(adjoint, estimate=False)
+    result = run(bl.Problem(inner, outer), bl.Newton(tol=1e-12), engine=engine, num_steps=3)
+    np.testing.assert_array_equal(result.history.adjoint_steps, [1, 1, 2])
+    c = 0.7 / H - TARGET
+    q = (c @ c) / (c @ (H * c)) * c  # one step of steepest descent
+    np.testing.assert_allclose(result.history.grad_norm[0], abs(np.sum(q)), rtol=1e-9)
+    np.testing.assert_allclose(result.history.adjoint_residual[2], 0, atol=1e-12)
+    assert result.status == bl.Status.OK  # rtol=0: the number is what was asked for
+
+
 def test_steps_of_minibatches_and_of_tasks_on_lanes():
     rows = np.random.default_rng(0).normal(size=(12, 2))
     noisy = lambda w, lam, batch: inner(w, lam, batch) - w @ jnp.mean(batch, axis=0)

@@ -54,7 +54,7 @@ NUMBERS |= {
     bl.STORM: {"rate": (0.2, 0.3)},
     bl.SAGA: {},
     bl.SPIDER: {},
-    bl.CG: {"rtol": (1e-8, 1e-9), "atol": (1e-12, 1e-11)},
+    bl.CG: {"rtol": (1e-8, 1e-9), "atol": (1e-12, 1e-11), "steps": (20, 30)},
     bl.Neumann: {"rtol": (1e-8, 1e-9), "atol": (1e-12, 1e-11), "step": (0.3, 0.4)},
     bl.Dense: {},
     bl.MINRES: {"rtol": (1e-8, 1e-9), "atol": (1e-12, 1e-11)},
