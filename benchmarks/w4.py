@@ -2,7 +2,8 @@
 
 256 ridge or logistic problems of 128 rows, with 16, 64 or 1024 unknowns and penalties spread evenly on a logarithmic
 scale; ridge has feature scales over a factor of 30 as well. W5 is logistic regression by gradient descent with 64
-unknowns and penalties over e^8. float32. `lane-steps` is steps of all lanes over the useful ones.
+unknowns and penalties over e^8. float32. `lane-steps` is steps of all lanes over the useful ones. "auto" is the number
+that `Tasks(lanes="auto")` takes for the same inner problems, by its own measurement.
 
     python benchmarks/w4.py [--repeats 5] [--cases w5,...] [--out benchmarks/results/w4_cpu.json]
 """
@@ -49,6 +50,12 @@ def problems(loss, unknowns: int, spread: float, top: float):
     return tuple(jnp.asarray(array, jnp.float32) for array in arrays)
 
 
+WITHOUT = {
+    logistic: lambda w, lam, task: logistic(w, task),
+    ridge: lambda w, lam, task: ridge(w, task),
+}
+"""Inner losses that do not look at the outer variable."""
+
 LBFGS = bl.LBFGS(max_steps=300, tol=1e-4)
 DESCENT = bl.GradientDescent(max_steps=2000, tol=1e-3)
 SIX_ORDERS = 6 * np.log(10)
@@ -64,6 +71,16 @@ CASES = {
     "ridge-lbfgs-64": (ridge, 64, LBFGS, SIX_ORDERS, 1.0),
     "ridge-lbfgs-1024": (ridge, 1024, LBFGS, SIX_ORDERS, 1.0),
 }
+
+
+def no_loss(w, lam, task):
+    return jnp.mean(w) * lam
+
+
+def automatic(loss, solver, w, batches) -> int:
+    """The lanes that are chosen for the first step of a run on these inner problems."""
+    tasks = bl.Tasks(bl.Problem(WITHOUT[loss], no_loss), batches)
+    return bl.choose_lanes(tasks, jnp.float32(1.0), w, solver=solver, engine=bl.OneStep(0.1))
 
 
 def measure(name: str, repeats: int) -> dict:
@@ -85,7 +102,21 @@ def measure(name: str, repeats: int) -> dict:
     steps = np.asarray(reference[2].inner.num_steps)
     seconds = {key: timing["warm_seconds"]["median"] for key, timing in timings.items()}
     best = min((key for key in calls if "lanes" in key), key=lambda key: seconds[key])
+    lanes = automatic(loss, solver, w, batches)
+    chosen = {1: "lax.map", COUNT: "vmap"}.get(lanes, f"{lanes} lanes")
+
+    def over(kind: str, others: list[str]) -> float:
+        """Ratio of medians, of what was chosen and the best of the others."""
+        median = lambda key: timings[key][kind]["median"]
+        return median(chosen) / min(map(median, others))
+
     record = {
+        "auto": {
+            "lanes": lanes,
+            "over_better_of_vmap_and_map": over("warm_seconds", ["lax.map", "vmap"]),
+            "cpu_over_better_of_vmap_and_map": over("warm_cpu_seconds", ["lax.map", "vmap"]),
+            "over_best": over("warm_seconds", list(calls)),
+        },
         "steps": {"mean": float(steps.mean()), "max": int(steps.max())},
         "met": int(np.sum(np.asarray(reference[2].inner.status) == 0)),
         "timings": timings,
@@ -109,6 +140,12 @@ def measure(name: str, repeats: int) -> dict:
     print(harness.table(timings, "lax.map", {"lane-steps": work}))
     print(
         f"best {best}: {record['over_lax_map']:.2f} of lax.map, {record['over_vmap']:.2f} of vmap"
+    )
+    auto = record["auto"]
+    print(
+        f"auto takes {chosen}: {auto['over_better_of_vmap_and_map']:.2f} of the better of vmap and lax.map "
+        f"(CPU {auto['cpu_over_better_of_vmap_and_map']:.2f}), {auto['over_best']:.2f} of the best",
+        flush=True,
     )
     return record
 

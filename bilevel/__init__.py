@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from bilevel.problem import Problem
     from bilevel.processes import gather
     from bilevel.result import BilevelError, History, Result, RunState
+    from bilevel.sharding import shard_rows
     from bilevel.smoothness import Metasmoothness, metasmoothness
     from bilevel.snapshots import replay
     from bilevel.tasks import Tasks
@@ -190,6 +191,7 @@ __all__ = [
     "run_population",
     "scalars",
     "schedules",
+    "shard_rows",
     "transforms",
     "truncation",
 ]
@@ -205,6 +207,7 @@ _HOMES = {
     "bilevel.population": {"Population", "run_population"},
     "bilevel.problem": {"Problem"},
     "bilevel.processes": {"gather"},
+    "bilevel.sharding": {"shard_rows"},
     "bilevel.result": {"BilevelError", "History", "Result", "RunState"},
     "bilevel.smoothness": {"Metasmoothness", "metasmoothness"},
     "bilevel.snapshots": {"replay"},

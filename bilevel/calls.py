@@ -16,7 +16,8 @@ from solvers.types import Tree
 
 def can_estimate(problem: BilevelProblem, solver: Solver, engine: AbstractEngine) -> bool:
     """Whether the engine's hypergradient can and should be compared with the implicit one."""
-    if getattr(engine, "refine", False):  # each step has one already
+    # Each step has one already.
+    if getattr(engine, "refine", False) or getattr(engine, "target", None) is not None:
         return False
     # Outer variables that act through the start or the solver have no implicit derivative.
     implicit = isinstance(solver, AbstractInnerSolver)

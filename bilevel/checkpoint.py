@@ -21,7 +21,7 @@ import numpy as np
 
 from bilevel import processes
 from bilevel.processes import Team
-from bilevel.result import History, RunState, join
+from bilevel.result import History, join
 from bilevel.tuning.files import load_arrays
 from bilevel.tuning.output import put, versions
 
@@ -30,7 +30,7 @@ try:
 except ImportError:  # Windows: nothing then stops two runs from using one directory
     fcntl = None
 
-FORMAT = 1
+FORMAT = 2
 KEEP = 3
 """Checkpoints kept, newest first; each holds the best pair as well."""
 
@@ -38,7 +38,8 @@ KEEP = 3
 class Saved(NamedTuple):
     """What a checkpoint holds."""
 
-    state: RunState
+    state: Any
+    """A RunState, or another tree with a `step`."""
     history: tuple[History, ...]
     """Of the chunks, in order."""
     begin: int
@@ -94,7 +95,7 @@ class Store:
         found = self.directory.glob("step-*.npz")
         return sorted(filter(lambda p: re.fullmatch(r"step-\d{12}", p.stem), found), reverse=True)
 
-    def load(self, state: RunState, history: History) -> Saved | None:
+    def load(self, state: Any, history: History) -> Saved | None:
         """The newest checkpoint that can be read, None where there are none.
 
         The arguments give structure, shapes and dtypes. Raises ValueError for those of another problem,
@@ -322,7 +323,7 @@ def _versions() -> dict[str, str]:
     }
 
 
-def _describe(tree: tuple[RunState, History]) -> list[tuple[str, str]]:
+def _describe(tree: tuple[Any, History]) -> list[tuple[str, str]]:
     """Name and type of each leaf; the length of the history is no part of it."""
     state, history = tree
     named = [(f"state{jax.tree_util.keystr(path)}", leaf) for path, leaf in _leaves(state)]

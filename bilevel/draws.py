@@ -37,6 +37,17 @@ def check_draws(tasks: Any) -> None:
         )
     if weights is None or isinstance(weights, Tracer):
         return
+    if isinstance(weights, str):
+        if weights != "difficulty":
+            raise ValueError(
+                f"Tasks(weights=...) must be numbers, 'difficulty' or None, got {weights!r}."
+            )
+        if tasks.pool is not None:
+            raise ValueError(
+                "a chunk's tasks are loaded before their difficulty is known: expected Tasks(pool=None) with "
+                "weights='difficulty', or numbers as weights."
+            )
+        return
     found = np.asarray(weights)
     if found.shape != (count,) or found.dtype.kind not in "iuf":
         raise ValueError(

@@ -15,10 +15,11 @@ from jax.sharding import Mesh
 from bilevel import lane_choice, outer_steps, processes, sharding, validation
 from bilevel import retries as retrying
 from bilevel.checkpoint import Saved, opened
+from bilevel.chunks import Chunks
 from bilevel.footprint import fitted
 from bilevel.log import Log
 from bilevel.outer.base import OuterMethod
-from bilevel.pool import with_pool
+from bilevel.pool import on_host, pooled
 from bilevel.prepared import prepared
 from bilevel.problem import shuffled
 from bilevel.progress import Progress, work
@@ -27,6 +28,7 @@ from bilevel.result import (
     History,
     Result,
     RunState,
+    finished,
     join,
     verdict,
 )
@@ -36,7 +38,6 @@ from solvers import Status
 from solvers.types import Tree
 
 
-@with_pool
 def run(
     problem: BilevelProblem,
     lam: Tree,
@@ -53,6 +54,7 @@ def run(
     outer_tol: float = 0.0,
     patience: int | None = None,
     retries: int = 0,
+    time_limit: float | None = None,
     progress: bool | None = None,
     callback: Callable[[RunState, History], Any] | None = None,
     log: str | os.PathLike[str] | None = None,
@@ -80,9 +82,11 @@ def run(
       retries: so many times in all, a step with one of the statuses below sends the run half of its last
         step back, with all further steps half as long, instead of ending it: with a warning, and
         counted in `result.retries`. For optax rules. An uneventful run has the same bits.
-      progress: show the step, the outer value, the hypergradient's norm and error, inner and adjoint steps
-        and the time left on standard error after each chunk: one live line on a terminal where rich is
-        installed, else plain lines. None does so where standard error is a terminal.
+      time_limit: end the run after the first chunk that ends so many seconds after its begin, compilation included,
+        with `stopped="time_limit"`. At least one chunk is done, so runs that are resumed get on.
+      progress: show the step, the outer value, the hypergradient's norm and error, inner and adjoint steps, how busy
+        the lanes of `Tasks` were, memory and the time left on standard error after each chunk: one live line on
+        a terminal where rich is installed, else plain lines. None does so where standard error is a terminal.
       callback: called as `callback(state, history_of_the_chunk)` after each chunk; a true result stops.
       log: file that gets the history while the run goes on, a line of JSON for each step; with `resume`,
         the lines that are there are gone on with, and no step comes twice.
@@ -94,7 +98,8 @@ def run(
         without a break; begin where there is none. Settings may have new numbers; the data and the key
         may not.
       mesh: as in `hypergradient`: `Tasks`, their solutions and states are spread over its devices, `lam` is on
-        all of them, and each step adds up one hypergradient and report.
+        all of them, and each step adds up one hypergradient and report. Of a `Problem`, the rows of both levels
+        (`shard_rows`).
       throw: raise BilevelError at the end of a chunk for NONFINITE, INDEFINITE, BREAKDOWN or DIVERGED,
         and after the last step where it ended with MAX_STEPS.
 
@@ -103,8 +108,6 @@ def run(
 
     Raises TypeError or ValueError for bad input, before any compute.
     """
-    given = prepared(problem, lam, w, solver, engine, outer, transform, key, mesh, retries)
-    engine, problem, solver, rule, scales, w, lam, key = given
     num_steps = validation.count("num_steps", num_steps, 0)
     chunk = (
         min(max(num_steps // 10, 1), 100) if chunk is None else validation.count("chunk", chunk, 1)
@@ -113,84 +116,69 @@ def run(
         estimate_every = validation.count("estimate_every", estimate_every, 1)
     if patience is not None:
         patience = validation.count("patience", patience, 1)
-    stopped = "num_steps"
-    team = processes.team(getattr(problem, "mesh", None))
-    first = team.first
+    if time_limit is not None and not time_limit > 0:
+        raise ValueError(f"time_limit must be a positive number of seconds, got {time_limit!r}.")
+    key = jax.random.key(0) if key is None else key
+    pool = pooled(problem, w, key, chunk)
+    sample, w = (problem, w) if pool is None else pool.sample()
+    given = prepared(sample, lam, w, solver, engine, outer, transform, key, mesh, retries)
+    engine, problem, solver, rule, scales, w, lam, key = given
+    team = processes.team(sharding.mesh_of(problem))
+
+    def advance(state: RunState, length: int, estimate: bool) -> tuple[RunState, History]:
+        tasks, part, numbers = (problem, state, None) if pool is None else pool.load(state, length)
+        part = sharding.placed(tasks, part)
+        sizes = jnp.int32(length), jnp.asarray(estimate), chunk
+        args = (tasks, solver, rule, scales, part, key, *sizes)
+        own = engine
+        if getattr(engine, "memory_budget", None) is not None:
+            own = fitted(outer_steps.take_steps, engine, *args).engine
+        part, buffer, taken = outer_steps.program(own)(own, *args)
+        rows = jax.tree.map(lambda leaf, n=int(taken): np.asarray(leaf)[:n], buffer)
+        part = retrying.again(tasks, scales, part, retries)
+        return part if pool is None else pool.store(state, numbers, part), rows
+
     with (
-        opened(checkpoint, resume, team, data=problem, key=key) as store,
-        Log(log if first else None) as journal,
+        opened(checkpoint, resume, team, data=pool.tasks if pool else problem, key=key) as store,
+        Log(log if team.first else None) as journal,
     ):
         notes = None if store is None else store.notes
         problem = lane_choice.settled(engine, problem, solver, w, lam, key, notes)
         problem = shuffled(problem, key)
-        start = (problem, solver, engine, rule, scales, w, lam, key)
-        like = eqx.filter_eval_shape(outer_steps.first_state, *start) if state is None else state
-        empty = outer_steps.empty_record(problem, solver, engine, like, key)
+        begin = lambda problem, w: outer_steps.first_state(
+            problem, solver, engine, rule, scales, w, lam, key
+        )
+        shapes = eqx.filter_eval_shape(begin, problem, w)
+        empty = outer_steps.empty_record(problem, solver, engine, shapes, key)
+        if pool is not None:
+            state = pool.first_state(begin) if state is None else on_host(state)
+        like = shapes if state is None else state
         saved = None if store is None else store.load(like, empty)
         if saved is None:
-            state = outer_steps.first_state(*start) if state is None else state
+            state = begin(problem, w) if state is None else state
             saved = Saved(state, (), int(state.step), 0)
-        begin = saved.begin
-        journal.start(begin, saved.history, resume)
-        try:
-            with Progress(progress if first else False, num_steps) as bar:
-                while True:
-                    state, pieces = saved.state, saved.history
-                    done = sum(len(rows.status) for rows in pieces)
-                    if why := verdict(state, pieces, outer_tol, patience):
-                        stopped = why
-                        break
-                    if done >= num_steps:
-                        break
-                    if store is not None and team.anywhere(store.terminated):
-                        stopped = "terminated"
-                        break
-                    length = min(chunk, num_steps - done)
-                    end = done + length
-                    estimate = end == num_steps or end - saved.estimated >= (estimate_every or 1)
-                    sizes = jnp.int32(length), jnp.asarray(estimate), chunk
-                    state = sharding.placed(problem, state)
-                    args = (problem, solver, rule, scales, state, key, *sizes)
-                    if getattr(engine, "memory_budget", None) is not None:
-                        engine = fitted(outer_steps.take_steps, engine, *args).engine
-                    state, buffer, taken = outer_steps.program(engine)(engine, *args)
-                    rows = jax.tree.map(lambda leaf, n=int(taken): np.asarray(leaf)[:n], buffer)
-                    done += int(taken)
-                    state = retrying.again(problem, scales, state, retries)
-                    at_estimate = done if estimate else saved.estimated
-                    # One assignment: Ctrl-C never sees half a chunk.
-                    saved = Saved(state, (*pieces, rows), begin, at_estimate)
-                    if store is not None:
-                        store.save(saved)
-                    journal.write(begin + done, rows)
-                    reached = float(rows.outer_value[-1]), float(rows.grad_norm[-1])
-                    bar.update(done, *reached, work(rows))
-                    stop = callback is not None and bool(callback(state, rows))
-                    if team.anywhere(stop) and int(state.worst) <= Status.MAX_STEPS:
-                        stopped = "callback"
-                        break
-        except KeyboardInterrupt:
-            if team.several:  # the others may be in the middle of a chunk
-                raise
-            stopped = "interrupted"
-            if store is not None:
-                store.save(saved)
+        journal.start(saved.begin, saved.history, resume)
+        chunks = Chunks(
+            advance,
+            length=lambda done: min(chunk, num_steps - done),
+            why_ended=lambda state, pieces: verdict(state, pieces, outer_tol, patience),
+            shown=lambda state, rows: (
+                float(rows.outer_value[-1]),
+                float(rows.grad_norm[-1]),
+                work(rows),
+            ),
+            num_steps=num_steps,
+            estimate_every=estimate_every,
+            time_limit=time_limit,
+            callback=callback,
+        )
+        bar = Progress(progress if team.first else False, num_steps)
+        saved, stopped = chunks.run(saved, store, journal, team, bar)
 
-    state = saved.state
-    history = join(saved.history, empty)
-    worst = int(state.worst)
-    if worst <= Status.MAX_STEPS and len(history.status):
-        worst = int(history.status[-1])
-    result = Result(
-        lam=outer_steps.point(rule, scales, state),
-        w=state.w,
-        history=history,
-        status=Status(worst),
-        state=state,
-        best=state.best,
-        stopped=stopped,
-        retries=retrying.used(state),
-    )
-    if throw and worst != Status.OK:
-        raise BilevelError(worst, f"run: outer step {begin + len(history.status) - 1}", result)
+    end: RunState = saved.state
+    lam = outer_steps.point(rule, scales, end._replace(w=None, engine=None, best=None))
+    result = finished(lam, end, join(saved.history, empty), stopped, retrying.used(end))
+    if throw and result.status != Status.OK:
+        last = saved.begin + len(result.history.status) - 1
+        raise BilevelError(result.status, f"run: outer step {last}", result)
     return result

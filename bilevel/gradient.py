@@ -46,7 +46,8 @@ def hypergradient(
       engine: hypergradient engine or its name; "auto" takes what `bilevel.choose` finds, and logs why (logger
         `bilevel`, level INFO).
       key: random key (batches, probes); None is key 0.
-      mesh: `jax.sharding.Mesh` over whose devices `Tasks` are spread, their number a multiple of its size.
+      mesh: `jax.sharding.Mesh` over whose devices `Tasks`, or the rows of a `Problem` (`shard_rows`), are spread, their
+        number a multiple of its size.
       throw: raise BilevelError where the status is not OK. Inside `jit` or `vmap` pass False and read
         `info.status`.
 
@@ -103,7 +104,8 @@ def choose_lanes(
     """The number of lanes (of each device) that takes the fewest seconds for the step at `lam` and `w`.
 
     Tried are 1, 4, 8, 16, 32 and all tasks, on accelerators from the other end, until one takes a quarter
-    longer than the best; within a twentieth the earlier one is taken. Each costs one compilation and three steps.
+    longer than the best; within a twentieth the earlier one is taken. Each costs one compilation and three steps
+    (more where they are short).
     The answer is remembered in this process for these shapes and settings. It holds for solves like those
     of the first step; which number wins may change between processes, and results with it by rounding.
 

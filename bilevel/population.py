@@ -1,8 +1,9 @@
 """Many runs of one problem at once: starting points, seeds and settings."""
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Any
+import os
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -11,12 +12,15 @@ import numpy as np
 import optax
 from jax import Array
 
-from bilevel import outer_steps, validation
+from bilevel import outer_steps, processes, validation
+from bilevel.checkpoint import Saved, opened
+from bilevel.chunks import Chunks
+from bilevel.log import Log
 from bilevel.outer.base import OuterMethod
 from bilevel.prepared import Prepared, prepared
 from bilevel.problem import shuffled
 from bilevel.progress import Progress
-from bilevel.result import BilevelError, History, Result, RunState, join
+from bilevel.result import BilevelError, History, Result, RunState, finished, join
 from hypergrad import AbstractEngine, BilevelProblem
 from hypergrad.base import Solver
 from solvers import Status
@@ -28,7 +32,7 @@ class Population:
     """Outcome of `run_population`."""
 
     members: list[Result]
-    """One result for each start; `stopped` is "num_steps", "status", "hopeless" or "interrupted"."""
+    """One result for each start. `stopped` is "status" or "hopeless" for one that ended early, else as in `run`."""
     best: int
     """The member with the smallest outer value."""
 
@@ -40,6 +44,17 @@ class Population:
     def __repr__(self) -> str:
         lines = [f"Population of {len(self.members)}, best is member {self.best}"]
         return "\n".join([*lines, *(f"  {i}: {member}" for i, member in enumerate(self.members))])
+
+
+class PopulationState(NamedTuple):
+    """What the next chunk needs, and a callback gets."""
+
+    step: Any
+    """Steps of the members that last, int32."""
+    members: RunState
+    """Of each member, stacked."""
+    active: Any
+    """(members,), boolean: which of them go on."""
 
 
 def run_population(
@@ -54,7 +69,12 @@ def run_population(
     transform: Any = None,
     key: Array | None = None,
     halvings: int = 0,
+    chunk: int | None = None,
+    time_limit: float | None = None,
     progress: bool | None = None,
+    callback: Callable[[PopulationState, History], Any] | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+    resume: bool = False,
     throw: bool = True,
 ) -> Population:
     """`run` from several starting points, each step of all members in one compiled program.
@@ -71,7 +91,12 @@ def run_population(
       key: member i has `jax.random.fold_in(key, i)`: seeds differ where the starts do not.
       halvings: so many times the worse half is given up, by their best outer values so far: after `2^-halvings`, ...,
         1/4, 1/2 of the steps (successive halving, Jamieson and Talwalkar 2016). 0 lets all of them last.
+      chunk: steps in one compiled call; default those before the first halving, at most 100.
+      time_limit, checkpoint, resume: as in `run`.
       progress: as in `run`; the values are those of the best member so far.
+      callback: called as `callback(state, history_of_the_chunk)` after each chunk; a true result stops. The state has
+        that of each member in `state.members`, stacked, and in `state.active` which of them go on; histories have shape
+        (steps, members), zero after a member's end.
       throw: raise BilevelError where no member ended with OK or MAX_STEPS.
 
     A member whose step fails ends with that status; the others go on. Ctrl-C returns what is done.
@@ -99,52 +124,72 @@ def run_population(
     stacked = _stacked([one._replace(problem=None, rule=None, scales=None) for one in given])
 
     rungs = sorted({max(num_steps >> k, 1) for k in range(halvings + 1)})
-    chunk = rungs[0]
-    states = _first_states(stacked, problem, first.rule, first.scales)
-    why = ["num_steps"] * count
-    pieces: list[list[History]] = [[] for _ in range(count)]
-    active, values = np.ones(count, bool), np.full(count, np.inf)
-    done = 0
-    try:
-        with Progress(progress, num_steps) as bar:
-            for rung in rungs:
-                while done < rung and active.any():
-                    length = min(chunk, rung - done)
-                    sizes = jnp.int32(length), jnp.asarray(done + length == num_steps), chunk
-                    new, rows, taken = _advance(
-                        stacked,
-                        problem,
-                        first.rule,
-                        first.scales,
-                        states,
-                        jnp.asarray(active),
-                        *sizes,
-                    )
-                    # One assignment: Ctrl-C leaves all members at the same step.
-                    states, done, rows, taken = new, done + length, *jax.device_get((rows, taken))
-                    for i in np.flatnonzero(active):
-                        pieces[i].append(_row(rows, (i, slice(taken[i]))))
-                        if int(states.worst[i]) > Status.MAX_STEPS:
-                            why[i], active[i] = "status", False
-                    values = np.asarray(states.best.outer_value)
-                    leader = int(np.argmin(values))
-                    norm = float(pieces[leader][-1].grad_norm[-1])
-                    bar.update(
-                        done, float(values[leader]), norm, f"  {active.sum()} of {count} members"
-                    )
-                if rung < num_steps:
-                    kept = np.argsort(np.where(active, values, np.inf), kind="stable")
-                    for i in kept[-(-count // 2 ** (rungs.index(rung) + 1)) :]:
-                        if active[i]:
-                            why[i], active[i] = "hopeless", False
-    except KeyboardInterrupt:
-        why = ["interrupted" if one else reason for one, reason in zip(active, why, strict=True)]
-    empty = eqx.filter_eval_shape(
-        lambda: outer_steps.empty_record(
-            problem, first.solver, first.engine, _row(states, 0), first.key
+    chunk = min(rungs[0], 100) if chunk is None else validation.count("chunk", chunk, 1)
+    rule, scales = first.rule, first.scales
+
+    def length(done: int) -> int:
+        return min(chunk, next(rung for rung in rungs if rung > done) - done)
+
+    def advance(
+        state: PopulationState, steps: int, estimate: bool
+    ) -> tuple[PopulationState, History]:
+        sizes = jnp.int32(steps), jnp.asarray(estimate), chunk
+        active = np.array(state.active)
+        new, rows, _ = _advance(
+            stacked, problem, rule, scales, state.members, jnp.asarray(active), *sizes
         )
-    )
-    members = [_result(_row(states, i), pieces[i], empty, given[i], why[i]) for i in range(count)]
+        rows = jax.tree.map(lambda leaf: np.asarray(leaf).T[:steps], rows)
+        done = int(state.step) + steps
+        active &= np.asarray(new.worst) <= Status.MAX_STEPS
+        if done in rungs[:-1]:
+            values = np.where(active, np.asarray(new.best.outer_value), np.inf)
+            kept = -(-count // 2 ** (rungs.index(done) + 1))
+            active[np.argsort(values, kind="stable")[kept:]] = False
+        return PopulationState(jnp.int32(done), new, active), rows
+
+    def shown(state: PopulationState, rows: History) -> tuple[float, float, str]:
+        values = np.asarray(state.members.best.outer_value)
+        leader = int(np.argmin(values))
+        number = int(np.sum(state.active))
+        norm = float(rows.grad_norm[-1, leader])
+        return float(values[leader]), norm, f"  {number} of {count} members"
+
+    with opened(checkpoint, resume, data=problem, key=key) as store, Log(None) as journal:
+        shapes = eqx.filter_eval_shape(_first_states, stacked, problem, rule, scales)
+        empty = eqx.filter_eval_shape(
+            lambda states: outer_steps.empty_record(
+                problem, first.solver, first.engine, _row(states, 0), first.key
+            ),
+            shapes,
+        )
+        everyone = np.ones(count, bool)
+        like = PopulationState(jax.ShapeDtypeStruct((), jnp.int32), shapes, everyone)
+        saved = None if store is None else store.load(like, empty)
+        if saved is None:
+            states = _first_states(stacked, problem, rule, scales)
+            saved = Saved(PopulationState(jnp.int32(0), states, everyone), (), 0, 0)
+        chunks = Chunks(
+            advance,
+            length,
+            why_ended=lambda state, _: "" if np.any(state.active) else "nobody",
+            shown=shown,
+            num_steps=num_steps,
+            estimate_every=num_steps + 1,  # the last step only
+            time_limit=time_limit,
+            callback=callback,
+        )
+        saved, stopped = chunks.run(
+            saved, store, journal, processes.Team(), Progress(progress, num_steps)
+        )
+
+    end, history = saved.state, join(saved.history, empty)
+    members = []
+    for i in range(count):
+        state = _row(end.members, i)
+        rows = jax.tree.map(lambda leaf, i=i, n=int(state.step): leaf[:n, i], history)
+        why = "status" if int(state.worst) > Status.MAX_STEPS else "hopeless"
+        lam = outer_steps.point(rule, scales, state)
+        members.append(finished(lam, state, rows, stopped if end.active[i] else why))
     best = int(np.argmin([float(member.best.outer_value) for member in members]))
     found = Population(members, best)
     if throw and all(member.status > Status.MAX_STEPS for member in members):
@@ -229,20 +274,3 @@ def _advance(
         return jax.lax.cond(on, go, lambda: (state, blank, jnp.int32(0)))
 
     return jax.lax.map(one, (arrays, states, active))
-
-
-def _result(
-    state: RunState, pieces: list[History], empty: History, given: Prepared, why: str
-) -> Result:
-    history, worst = join(pieces, empty), int(state.worst)
-    if worst <= Status.MAX_STEPS and len(history.status):
-        worst = int(history.status[-1])
-    return Result(
-        lam=outer_steps.point(given.rule, given.scales, state),
-        w=state.w,
-        history=history,
-        status=Status(worst),
-        state=state,
-        best=state.best,
-        stopped=why,
-    )

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.core import Tracer
 
 from bilevel.sampling import minibatch, num_rows
 from hypergrad.certificate import Constants
@@ -186,18 +187,23 @@ class Problem(eqx.Module):
 
 
 class Shuffled(Problem):
-    """A problem with shuffled rows, the first `batch_size - 1` once more at the end: a batch is one slice."""
+    """A problem with shuffled rows, the first `batch_size - 1` once more at the end: a batch is one slice.
+
+    Rows that are spread over devices stay where they are: there are as many blocks of rows, each shuffled on its own,
+    and a batch is a slice of each.
+    """
 
     num_rows: tuple[int, int] = eqx.field(static=True, default=(1, 1), kw_only=True)
+    parts: tuple[int, int] = eqx.field(static=True, default=(1, 1), kw_only=True)
 
     def rows(self) -> tuple[int, int]:
         return self.num_rows
 
     def slots(self) -> tuple[Slots, Slots]:
-        (inner, outer), rows = self.batch_size, self.num_rows
+        (inner, outer), rows, parts = self.batch_size, self.num_rows, self.parts
         return (
-            Slots(self.inner_data, inner, rows[0], shuffled=True),
-            Slots(self.outer_data, outer, rows[1], shuffled=True),
+            Slots(self.inner_data, inner, rows[0], True, parts[0]),
+            Slots(self.outer_data, outer, rows[1], True, parts[1]),
         )
 
     def inner_sampler(self, key: Array) -> Sampler:
@@ -212,27 +218,73 @@ class Shuffled(Problem):
         return self.slots()[1].turn(seed, jnp.int32(0))
 
 
-def shuffled(problem: Any, key: Array) -> Any:
-    """What a run works on: the problem with its rows in a random order, where it has batches of rows."""
+def shuffled(problem: Any, key: Array, parts: tuple[int, int] | None = None) -> Any:
+    """What a run works on: the problem with its rows in a random order, where it has batches of rows.
+
+    `parts`: blocks of rows at each level; by default those that devices have. Raises ValueError for a batch size
+    that is no multiple of it.
+    """
     if type(problem) is not Problem or problem.same_rows or problem.batch_size == (None, None):
         return problem
     data = problem.inner_data, problem.outer_data
-    levels = zip(data, problem.batch_size, (0, 1), strict=True)
+    parts = parts or (row_blocks(data[0]), row_blocks(data[1]))
+    levels = zip(data, problem.batch_size, parts, (0, 1), strict=True)
     inner, outer = (
-        part if size is None else _shuffle(part, size, jax.random.fold_in(key, level))
-        for part, size, level in levels
+        part if size is None else _shuffle(part, size, blocks, jax.random.fold_in(key, level))
+        for part, size, blocks, level in levels
     )
     names = (field.name for field in dataclasses.fields(problem))
     fields = {name: getattr(problem, name) for name in names}
     fields |= {"inner_data": inner, "outer_data": outer, "num_rows": problem.rows()}
-    return Shuffled(**fields)
+    return Shuffled(**fields, parts=parts)
 
 
-@functools.partial(jax.jit, static_argnums=1)
-def _shuffle(data: Any, size: int, key: Array) -> Any:
-    order = jax.random.permutation(key, num_rows(data))
-    order = jnp.concatenate([order, order[: size - 1]])
-    return jax.tree.map(lambda leaf: jnp.take(leaf, order, axis=0), data)
+def row_blocks(data: Any) -> int:
+    """How many parts the first axis of all arrays is cut into, each on devices of its own; 1 where they differ."""
+
+    def blocks(leaf: Any) -> int:
+        if isinstance(leaf, Tracer) or not isinstance(leaf, jax.Array) or not leaf.ndim:
+            return 1
+        return leaf.shape[0] // leaf.sharding.shard_shape(leaf.shape)[0]
+
+    found = {blocks(leaf) for leaf in jax.tree.leaves(data)}
+    return found.pop() if len(found) == 1 else 1
+
+
+def _shuffle(data: Any, size: int, parts: int, key: Array) -> Any:
+    rows = num_rows(data)
+    if size % parts or rows % parts:
+        raise ValueError(
+            f"a batch takes as many rows from each of {parts} devices: expected a batch_size that is a multiple "
+            f"of it, got {size}."
+        )
+    made = _shuffled_blocks(data, size // parts, parts, key)
+    # Rows stay on their device; where that is does not depend on what XLA makes of it.
+    return (
+        made if parts == 1 else jax.tree.map(lambda x, y: jax.device_put(x, y.sharding), made, data)
+    )
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _shuffled_blocks(data: Any, size: int, parts: int, key: Array) -> Any:
+    """Each block of rows in a random order, with its first `size - 1` rows once more at its end."""
+    count = num_rows(data) // parts
+
+    def order(key: Array) -> Array:
+        rows = jax.random.permutation(key, count)
+        return jnp.concatenate([rows, rows[: size - 1]])
+
+    if parts == 1:
+        rows = order(key)
+        return jax.tree.map(lambda leaf: jnp.take(leaf, rows, axis=0), data)
+    orders = jax.vmap(order)(jax.random.split(key, parts))
+
+    def one(leaf: Array) -> Array:
+        blocks = leaf.reshape(parts, count, *leaf.shape[1:])
+        taken = jax.vmap(lambda block, rows: jnp.take(block, rows, axis=0))(blocks, orders)
+        return taken.reshape(-1, *leaf.shape[1:])
+
+    return jax.tree.map(one, data)
 
 
 class _Function(eqx.Module):

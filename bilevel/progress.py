@@ -5,20 +5,43 @@ import time
 from types import TracebackType
 from typing import Any, Self
 
+import jax
 import numpy as np
 
+from bilevel.footprint import size
 from bilevel.result import History
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
 
 
 def work(rows: History) -> str:
-    """The last error estimate of a chunk, and the inner and adjoint steps that an outer step took."""
+    """Of a chunk: the last error estimate, inner and adjoint steps of an outer step, and how busy the lanes were."""
     known = rows.error_estimate[np.isfinite(rows.error_estimate)]
     error = f" (error {known[-1]:.1g})" if len(known) else ""
-    return f"{error}  inner {rows.inner_steps.mean():.3g}  adjoint {rows.adjoint_steps.mean():.3g}"
+    useful, spent = rows.inner_steps.sum(dtype=float), rows.lane_steps.sum(dtype=float)
+    lanes = f"  lanes {100 * useful / spent:.0f}% busy" if spent > useful else ""
+    steps = f"  inner {rows.inner_steps.mean():.3g}  adjoint {rows.adjoint_steps.mean():.3g}"
+    return f"{error}{steps}{lanes}"
+
+
+def memory() -> str:
+    """The most that was in use so far: on the fullest device, where its backend says so, else by the process."""
+    stats = [device.memory_stats() or {} for device in jax.local_devices()]
+    used = max(one.get("peak_bytes_in_use", 0) for one in stats)
+    if used:
+        of = max(one.get("bytes_limit", 0) for one in stats)
+        return f"  device {size(used)}" + (f" of {size(of)}" if of else "")
+    if resource is None:
+        return ""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return f"  memory {size(unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)}"
 
 
 class Progress:
-    """Step, outer value, gradient norm, elapsed and remaining seconds; a context manager.
+    """Step, outer value, gradient norm, memory, elapsed and remaining seconds; a context manager.
 
     On a terminal with rich: one line that is redrawn, and goes on ticking while a program compiles.
     Otherwise a plain line for each update. `show=None` shows only where standard error is a terminal;
@@ -31,7 +54,7 @@ class Progress:
         self.num_steps = num_steps
         self.began = time.perf_counter()
         self.first: tuple[int, float] | None = None
-        self.text = "compiling"
+        self.text, self.memory = "compiling", ""
         self.step = 0
         self.live = self._live() if self.show and terminal and num_steps != 0 else None
 
@@ -66,6 +89,8 @@ class Progress:
         """What the run has reached after `step` steps, and the `work` it took."""
         self.step = step
         self.text = f"outer {outer_value:.6g}  |hypergradient| {grad_norm:.3g}{work}"
+        if self.show:
+            self.memory = memory()
         if self.first is None:  # the first chunk holds the compile time
             self.first = (step, time.perf_counter())
         if self.live is not None:
@@ -81,4 +106,4 @@ class Progress:
             if self.first is not None and self.step > self.first[0]:
                 pace = (now - self.first[1]) / (self.step - self.first[0])
                 left = f"  {pace * (self.num_steps - self.step):.0f} s left"
-        return f"step {self.step}{of}  {self.text}  {now - self.began:.1f} s{left}"
+        return f"step {self.step}{of}  {self.text}{self.memory}  {now - self.began:.1f} s{left}"

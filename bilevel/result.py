@@ -34,6 +34,8 @@ class History(NamedTuple):
     """2-norm of the hypergradient, on the natural scale of `lam`."""
     inner_residual: Array
     inner_steps: Array
+    lane_steps: Array
+    """Inner steps of all lanes of `Tasks`, idle or not, of which `inner_steps` were of use; else the same."""
     adjoint_steps: Array
     adjoint_residual: Array
     curvature: Array
@@ -85,8 +87,8 @@ class Result:
     state: RunState
     best: Best
     stopped: str
-    """Why the run ended: "num_steps", "outer_tol", "patience", "callback", "status", "interrupted" (Ctrl-C) or
-    "terminated" (SIGTERM)."""
+    """Why the run ended: "num_steps", "outer_tol", "patience", "callback", "time_limit", "status", "interrupted"
+    (Ctrl-C) or "terminated" (SIGTERM)."""
     retries: int = 0
     """How often a failed step was tried again (`run(retries=...)`); `history.status` says which."""
 
@@ -109,6 +111,7 @@ def record(h: Hypergradient) -> History:
         grad_norm=tree.norm(h.grad),
         inner_residual=info.inner.residual,
         inner_steps=info.inner.num_steps,
+        lane_steps=info.inner.num_steps if info.lane_steps is None else info.lane_steps,
         adjoint_steps=info.adjoint_steps,
         adjoint_residual=info.adjoint_residual,
         curvature=info.curvature,
@@ -122,6 +125,25 @@ def join(pieces: Sequence[History], empty: History) -> History:
     if not pieces:
         return jax.tree.map(lambda leaf: np.zeros((0,), jnp.result_type(leaf)), empty)
     return jax.tree.map(lambda *parts: np.concatenate(parts), *pieces)
+
+
+def finished(
+    lam: Tree, state: RunState, history: History, stopped: str, retries: int = 0
+) -> Result:
+    """The result of a run that ended at this state: its worst status, or else that of its last step."""
+    worst = int(state.worst)
+    if worst <= Status.MAX_STEPS and len(history.status):
+        worst = int(history.status[-1])
+    return Result(
+        lam=lam,
+        w=state.w,
+        history=history,
+        status=Status(worst),
+        state=state,
+        best=state.best,
+        stopped=stopped,
+        retries=retries,
+    )
 
 
 def verdict(

@@ -5,10 +5,12 @@ optax schedule, or one of these. `bl.F2SA(nu=bl.schedules.power(0.1, 0.5))`.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import Array
+
+from bilevel.validation import count
 
 
 def power(start: float, exponent: float, offset: float = 1.0) -> Callable[[Array], Array]:
@@ -25,6 +27,23 @@ def geometric(start: float, ratio: float, low: float = 0.0) -> Callable[[Array],
 
     def schedule(step: Array) -> Array:
         return jnp.maximum(start * ratio ** step.astype(float), low)
+
+    return schedule
+
+
+def periodic(usual: Any, at_times: Any, every: int) -> Callable[[Array], Array]:
+    """`at_times` at the outer steps 0, `every`, 2 `every`, ..., else `usual`: a refresh every so many steps.
+
+    Either may be a schedule. `LBFGS(tol=periodic(1e-2, 1e-8, 10))` solves exactly at each tenth step,
+    `LBFGS(steps=periodic(0, 100, 10))` solves at each tenth step only.
+
+    Raises TypeError or ValueError for `every` that is no positive integer.
+    """
+    every = count("every", every, 1)
+    value = lambda x, step: jnp.asarray(x(step) if callable(x) else x, float)
+
+    def schedule(step: Array) -> Array:
+        return jnp.where(step % every == 0, value(at_times, step), value(usual, step))
 
     return schedule
 

@@ -15,7 +15,7 @@ from bilevel.tasks import Tasks
 from hypergrad import BilevelProblem, Unrolled
 from hypergrad.base import Solver, begin, make_solver
 from solvers import Status, tree
-from solvers.loops import run_steps
+from solvers.loops import fixed_budget, run_steps
 from solvers.types import Tree
 
 
@@ -103,7 +103,9 @@ def _trained(
         inner_solver = make_solver(solver, at)
         first, state = begin(problem, solver, w, at, key)
         objective = problem.inner_objective(at)
-        end, _ = run_steps(inner_solver, objective, first, state, sampler, inner_solver.max_steps)
+        end, _ = run_steps(
+            inner_solver, objective, first, state, sampler, fixed_budget(inner_solver)
+        )
         return tree.flatten(end)[0], problem.outer(end, at, outer_batch)
 
     return jax.vmap(one)(h * jnp.arange(3, dtype=h.dtype))

@@ -16,7 +16,7 @@ from hypergrad import BilevelProblem, Hypergradient, Unrolled
 from hypergrad.base import Solver, begin, check_proximal, has_prox, make_info, make_solver
 from hypergrad.derivatives import outer_value_and_grads
 from solvers import Status, tree
-from solvers.loops import judge, run_steps
+from solvers.loops import fixed_budget, judge, run_steps
 from solvers.status import where
 from solvers.types import Tree
 
@@ -75,7 +75,7 @@ def replay(
     at_lam = make_solver(solver, lam)
     if has_prox(problem):
         check_proximal(at_lam)
-    total = at_lam.max_steps
+    total = fixed_budget(at_lam)
     # The last block is the short one.
     ends = [*range(block, total, block), total]
     begins = [0, *ends[:-1]]

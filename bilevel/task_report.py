@@ -21,7 +21,11 @@ def tiny_norm(norm: Array) -> float:
 
 
 def together(
-    each: HypergradInfo, norms: Array, norm: Array, factors: Array | None = None
+    each: HypergradInfo,
+    norms: Array,
+    norm: Array,
+    factors: Array | None = None,
+    lane_steps: Array | None = None,
 ) -> HypergradInfo:
     """One report from those of the tasks; `norms` are those of the hypergradients errors are relative to.
 
@@ -53,4 +57,5 @@ def together(
         growth=jnp.max(each.growth),
         status=jnp.max(each.status),
         tasks=each,
+        lane_steps=lane_steps,
     )

@@ -8,8 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh
 
+from bilevel import on_lanes
+from bilevel.difficulty import Drawn, TaskStates, after, begun, chances
 from bilevel.draws import check_draws, draw
 from bilevel.one_task import Shared, Task
 from bilevel.problem import Problem, as_arrays
@@ -46,7 +48,8 @@ class Tasks(eqx.Module):
         others keep what they have. Value and hypergradient are unbiased estimates of those of all tasks, and
         `info.tasks` has the tasks drawn, in their order.
       weights: (number of tasks,), positive: draw in proportion to them, with replacement, and divide what a
-        task adds by its probability. None draws uniformly, without replacement.
+        task adds by its probability. None draws uniformly, without replacement. "difficulty" draws by running
+        averages of the norms of the tasks' hypergradients, mixed with the uniform distribution (`bilevel.difficulty`).
       pool: "host" keeps data, solutions and states of the tasks in the host's memory, in NumPy; a chunk of `run`
         loads those that it draws. The numbers are the same.
       mesh: as in `run(mesh=...)`, which sets it: tasks are spread over its devices, each with `lanes` of its own.
@@ -140,28 +143,46 @@ class Tasks(eqx.Module):
 
         return jax.vmap(one)(self.task_data, self._keys(key))
 
-    def init(self, engine: AbstractEngine, solver: Solver, w: Tree, lam: Tree, key: Array) -> Any:
-        """The engine's states, stacked."""
+    def init(
+        self, engine: AbstractEngine, solver: Solver, w: Tree, lam: Tree, key: Array
+    ) -> TaskStates:
+        """The state before the first step."""
         one = lambda data, w, key: engine.init(self.task(data), solver, w, lam, key)
-        return self._map(one, self.task_data, w, self._keys(key))
+        own = self._map(one, self.task_data, w, self._keys(key))
+        return begun(own, self.count, self.weights)
 
-    def drawn(self, key: Array) -> Array:
-        """The tasks of the step with this key, which in `run` is `jax.random.fold_in(key, step)`."""
+    def drawn(self, key: Array, state: TaskStates | None = None) -> Array:
+        """The tasks of the step with this key, which in `run` is `jax.random.fold_in(key, step)`.
+
+        With `weights="difficulty"` they also depend on the `state` before the step (`result.state.engine` of a run).
+        """
         if self.per_step is None:
             return jnp.arange(self.count)
-        return draw(self.total, self.per_step, self.weights, key)
+        return draw(self.total, self.per_step, self._weights(state), key)
 
     def step(
         self, engine: AbstractEngine, solver: Solver, w: Tree, lam: Tree, state: Any, key: Array
     ) -> tuple[Hypergradient, Any]:
         """The engine's step on each task; the hypergradient is the mean of theirs."""
-        if self.per_step is not None:
-            part = self._part(key)
-            h, own = part.step(engine, solver, part.rows(w), lam, part.rows(state), key)
-            return h._replace(w=part.put(w, h.w)), part.put(state, own)
-        taken = jnp.zeros(self.count, jnp.int32)
+        if self.per_step is None:
+            h, own, norms = self._step(engine, solver, w, lam, state.own, key)
+            drawn = None
+        else:
+            drawn = self._draw(key, state)
+            part = self._part(drawn)
+            h, own, norms = part._step(engine, solver, part.rows(w), lam, part.rows(state.own), key)
+            h = h._replace(w=part.put(w, h.w), info=h.info._replace(drawn=drawn))
+            own, drawn = part.put(state.own, own), part.places
+        each = h.info.tasks
+        return h, after(state, own, norms, each.inner.num_steps, each.adjoint_steps, drawn)
+
+    def _step(
+        self, engine: AbstractEngine, solver: Solver, w: Tree, lam: Tree, state: Any, key: Array
+    ) -> tuple[Hypergradient, Any, Array]:
+        """`step` of all these tasks, from the engine's own states; also the norms of their hypergradients."""
+        taken, spent = jnp.zeros(self.count, jnp.int32), None
         if self._refills(engine, solver):
-            w, state, taken = self._solve(solver, w, lam, state)
+            w, state, taken, spent = self._solve(engine, solver, w, lam, state)
             solver = unchecked(solver, max_steps=0)  # the budget is spent
 
         def one(data: Any, w: Tree, state: Any, key: Array, factor: Array | None):
@@ -169,9 +190,14 @@ class Tasks(eqx.Module):
             return times(factor, h.grad), (h.w, h.info, tree.norm(h.grad), state)
 
         rows = (self.task_data, w, state, self._keys(key), self._factors())
-        grad, (w, info, norms, state) = self._add_up(one, *rows)
+        lanes = self._lanes()
+        total, (w, info, norms, state) = on_lanes.add_up(one, rows, lanes, self.mesh)
+        grad = jax.tree.map(lambda leaf: leaf / self.count, total)
+        if spent is None:
+            spent = on_lanes.lane_steps(info.inner.num_steps, lanes, self.mesh)
         info = info._replace(inner=info.inner._replace(num_steps=info.inner.num_steps + taken))
-        return Hypergradient(grad, w, self._together(info, norms, tree.norm(grad))), state
+        report = together(info, norms, tree.norm(grad), self._factors(), spent)
+        return Hypergradient(grad, w, report), state, norms
 
     def estimate(
         self,
@@ -183,11 +209,23 @@ class Tasks(eqx.Module):
         key: Array,
     ) -> Hypergradient:
         """`hypergrad.estimate.with_estimate` of the mean."""
-        if self.per_step is not None:
-            part = self._part(key)
-            own = h._replace(w=part.rows(h.w))
-            own = part.estimate(engine, solver, lam, own, part.rows(state), key)
-            return own._replace(w=h.w)
+        if self.per_step is None:
+            return self._estimate(engine, solver, lam, h, state.own, key)
+        part = self._part(h.info.drawn)
+        own = h._replace(w=part.rows(h.w))
+        own = part._estimate(engine, solver, lam, own, part.rows(state.own), key)
+        return own._replace(w=h.w)
+
+    def _estimate(
+        self,
+        engine: AbstractEngine,
+        solver: Solver,
+        lam: Tree,
+        h: Hypergradient,
+        state: Any,
+        key: Array,
+    ) -> Hypergradient:
+        """`estimate` of all these tasks, with the engine's own states."""
         smooth = self.inner_prox is None
 
         def one(data: Any, w: Tree, info: HypergradInfo, state: Any, key: Array):
@@ -220,25 +258,37 @@ class Tasks(eqx.Module):
         has_adjoint = smooth and engine.adjoint(state) is not None
         if not (has_adjoint and engine.needs_implicit):  # not the step's own gradient was judged
             each = each._replace(error_estimate=h.info.tasks.error_estimate)
-        info = self._together(each, norms, size)
+        info = together(each, norms, size, factors)
         return h._replace(
             info=info._replace(
+                lane_steps=h.info.lane_steps,
+                drawn=h.info.drawn,
                 error_estimate=jnp.where(unknown, jnp.nan, error),
                 # The means differ by rounding, or by what an engine does beside its adjoint.
                 bound=info.bound + relative(mean(made)).astype(info.bound.dtype),
             )
         )
 
-    def _part(self, key: Array) -> "Part":
-        rows = self.drawn(key)
-        places = self._places(rows)
+    def _weights(self, state: TaskStates | None) -> Any:
+        if not isinstance(self.weights, str):
+            return self.weights
+        if state is None or state.difficulty is None:
+            raise TypeError(
+                "tasks drawn by difficulty depend on the steps before: expected drawn(key, state)."
+            )
+        return chances(state.difficulty)
+
+    def _draw(self, key: Array, state: TaskStates) -> Drawn:
+        numbers, weights = self.drawn(key, state), self._weights(state)
+        if weights is None:
+            return Drawn(numbers, None)
+        return Drawn(numbers, 1 / (self.total * (weights / jnp.sum(weights))[numbers]))
+
+    def _part(self, drawn: Drawn) -> "Part":
+        places = self._places(drawn.numbers)
         fields = {name: getattr(self, name) for name in ("problem", "lanes")}
         fields |= {"task_data": _take(self.task_data, places), "places": places}
-        factors = None
-        if self.weights is not None:
-            chances = self.weights / jnp.sum(self.weights)
-            factors = 1 / (self.total * chances[rows])
-        return Part(**fields, numbers=rows, factors=factors)
+        return Part(**fields, numbers=drawn.numbers, factors=drawn.factors)
 
     def _places(self, numbers: Array) -> Array:
         """Where in the arrays these tasks are."""
@@ -250,9 +300,6 @@ class Tasks(eqx.Module):
     def _factors(self) -> Array | None:
         """What each task counts in the mean; None is the same."""
         return None
-
-    def _together(self, each: HypergradInfo, norms: Array, norm: Array) -> HypergradInfo:
-        return together(each, norms, norm, self._factors())
 
     def _keys(self, key: Array) -> Array:
         return jax.vmap(lambda i: jax.random.fold_in(key, i))(self._numbers())
@@ -268,53 +315,7 @@ class Tasks(eqx.Module):
         return here if self.lanes is None else min(int(self.lanes), here)
 
     def _map(self, fn: Callable[..., Any], *rows: Any) -> Any:
-        lanes = self._lanes()
-
-        def here(*rows: Any) -> Any:
-            count = jax.tree.leaves(rows)[0].shape[0]
-            if lanes == count:
-                return jax.vmap(fn)(*rows)
-            size = lanes if lanes > 1 else None
-            return jax.lax.map(lambda row: fn(*row), rows, batch_size=size)
-
-        return self._on_devices(here)(*rows)
-
-    def _add_up(self, fn: Callable[..., Any], *rows: Any) -> tuple[Any, Any]:
-        """`fn(*row) -> (x, y)`: the mean of x, added up a few tasks at a time, and the stacked y."""
-        lanes = self._lanes()
-
-        def group(rows: Any) -> tuple[Any, Any]:
-            x, y = jax.vmap(fn)(*rows)
-            return jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0), x), y
-
-        def here(*rows: Any) -> tuple[Any, Any]:
-            count = jax.tree.leaves(rows)[0].shape[0]
-            whole = count // lanes * lanes
-            split = lambda leaf: leaf[:whole].reshape(-1, lanes, *leaf.shape[1:])
-            if lanes == count:
-                total, y = group(rows)
-            elif lanes == 1:
-                step = lambda total, row: _added(total, *fn(*row))
-                total, y = jax.lax.scan(step, _zeros(fn, rows), rows)
-            else:
-                step = lambda total, rows: _added(total, *group(rows))
-                total, y = jax.lax.scan(step, _zeros(fn, rows), jax.tree.map(split, rows))
-                y = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), y)
-                if whole < count:
-                    total, rest = _added(total, *group(jax.tree.map(lambda x: x[whole:], rows)))
-                    y = jax.tree.map(lambda *parts: jnp.concatenate(parts), y, rest)
-            return jax.tree.map(lambda leaf: leaf[None], total), y
-
-        totals, y = self._on_devices(here)(*rows)
-        return jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0) / self.count, totals), y
-
-    def _on_devices(self, fn: Callable[..., Any]) -> Callable[..., Any]:
-        """`fn(*rows) -> rows` on each device's own tasks: loops of one device wait for no other."""
-        if self.mesh is None:
-            return fn
-        spec = PartitionSpec(self.mesh.axis_names)
-        # Every output is a row of its own device: there is nothing to check, and `while` could not be.
-        return jax.shard_map(fn, mesh=self.mesh, in_specs=spec, out_specs=spec, check_vma=False)
+        return on_lanes.map_rows(fn, rows, self._lanes(), self.mesh)
 
     def _refills(self, engine: AbstractEngine, solver: Solver) -> bool:
         """Whether the inner problems can be solved before, and apart from, the engine's step."""
@@ -323,18 +324,22 @@ class Tasks(eqx.Module):
         few = 1 < self._lanes() < self.count // devices
         return few and fixed and engine.needs_implicit
 
-    def _solve(self, solver: Any, w: Tree, lam: Tree, state: Any) -> tuple[Tree, Any, Array]:
+    def _solve(
+        self, engine: AbstractEngine, solver: Any, w: Tree, lam: Tree, state: Any
+    ) -> tuple[Tree, Any, Array, Array]:
         """Inner solves on refilled lanes: the engine's own then find nothing left to do."""
         objective = Shared(self.problem.inner_objective(lam), self.problem.inner_data)
 
-        def here(w: Tree, data: Any, own: Any) -> tuple[Tree, Any, Array]:
+        def here(w: Tree, data: Any, own: Any, tol: Any) -> tuple[Tree, Any, Array, Array]:
             lanes = self._lanes()
-            w, own, info = solve_many(solver, objective, w, data, lanes=lanes, state=own)
-            return w, own, info.inner.num_steps
+            w, own, info = solve_many(solver, objective, w, data, lanes=lanes, state=own, tol=tol)
+            return w, own, info.inner.num_steps, info.lane_steps[None]
 
         own = getattr(state, "inner", None)
-        w, own, taken = self._on_devices(here)(w, self.task_data, own)
-        return w, state if own is None else state._replace(inner=own), taken
+        solve = on_lanes.on_devices(self.mesh, here)
+        w, own, taken, spent = solve(w, self.task_data, own, engine.inner_tol(state))
+        spent = jnp.sum(spent, dtype=jnp.int32)
+        return w, state if own is None else state._replace(inner=own), taken, spent
 
 
 class Part(Tasks):
@@ -379,12 +384,3 @@ class Loaded(Tasks):
 
 def _take(tree: Any, rows: Array) -> Any:
     return jax.tree.map(lambda leaf: leaf[rows], tree)
-
-
-def _added(total: Any, x: Any, y: Any) -> tuple[Any, Any]:
-    return tree.add(total, x), y
-
-
-def _zeros(fn: Callable[..., Any], rows: Any) -> Any:
-    first = jax.eval_shape(fn, *jax.tree.map(lambda leaf: leaf[0], rows))[0]
-    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), first)

@@ -86,6 +86,10 @@ class HypergradInfo(NamedTuple):
     """A `Status`, int32: the worst of the solves behind this hypergradient."""
     tasks: Any = None
     """Of a mean over tasks: the report of each, stacked."""
+    lane_steps: Any = None
+    """Of a mean over tasks: inner steps of all lanes, idle or not, int32; `inner.num_steps` are the useful ones."""
+    drawn: Any = None
+    """Of a mean over tasks that were drawn: their `numbers`, and the `factors` that each counts with."""
 
 
 class Hypergradient(NamedTuple):
@@ -143,6 +147,10 @@ class AbstractEngine(Settings):
 
     def adjoint(self, state: Any) -> Tree | None:
         """The solution of the adjoint system that the last step found; None where the engine has none."""
+        return None
+
+    def inner_tol(self, state: Any) -> Array | None:
+        """The tolerance of the next inner solve, where the engine sets it; None leaves it to the solver."""
         return None
 
     @classmethod

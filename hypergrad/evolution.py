@@ -20,7 +20,7 @@ from hypergrad.base import (
 )
 from solvers import AbstractInnerSolver, GradientDescent, Status, tree
 from solvers.fields import Number, cast, number, static
-from solvers.loops import judge, run_steps, solve
+from solvers.loops import fixed_budget, judge, run_steps, solve
 from solvers.status import where
 from solvers.types import Tree
 
@@ -96,7 +96,9 @@ class ES(AbstractEngine):
             one, objective = make_solver(solver, lam), problem.inner_objective(lam)
             w, inner_state = carry
             if self.persistent:
-                w, inner_state = run_steps(one, objective, w, inner_state, sampler, one.max_steps)
+                w, inner_state = run_steps(
+                    one, objective, w, inner_state, sampler, fixed_budget(one)
+                )
                 steps, zero = jnp.int32(one.max_steps), jnp.zeros(())
                 info = judge(one, objective, w, sampler(0), steps, zero)
             else:

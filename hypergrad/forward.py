@@ -22,7 +22,7 @@ from hypergrad.base import (
 )
 from solvers import AbstractInnerSolver, GradientDescent, Status, tree
 from solvers.fields import Number, cast, number, static
-from solvers.loops import judge, run_steps
+from solvers.loops import fixed_budget, judge, run_steps
 from solvers.status import where
 from solvers.types import Tree
 
@@ -111,7 +111,7 @@ class Forward(AbstractEngine):
         at_lam = make_solver(solver, lam)
         if has_prox(problem):
             check_proximal(at_lam)
-        total = at_lam.max_steps
+        total = fixed_budget(at_lam)
         flat, unflatten = tree.flatten(lam)
 
         def steps(lam: Tree, carry: Any, num_steps: int, start: int) -> Any:

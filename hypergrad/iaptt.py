@@ -18,7 +18,7 @@ from hypergrad.base import (
 )
 from solvers import AbstractInnerSolver, GradientDescent, tree
 from solvers.fields import Number, cast, number, static
-from solvers.loops import judge
+from solvers.loops import fixed_budget, judge
 from solvers.proximal import apply_prox
 from solvers.types import Tree
 
@@ -76,7 +76,7 @@ class IAPTT(AbstractEngine):
 
             carry = first, at_lam.init(objective, first, sampler(0))
             step = jax.checkpoint(step, prevent_cse=False)
-            return jax.lax.scan(step, carry, jnp.arange(at_lam.max_steps))[1]
+            return jax.lax.scan(step, carry, jnp.arange(fixed_budget(at_lam)))[1]
 
         def worst(lam: Tree, z: Tree) -> tuple[Array, tuple[Tree, Array]]:
             points = path(lam, z)

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from hypergrad import accuracy
+from hypergrad.accuracy import Accuracy
 from hypergrad.base import (
     AbstractEngine,
     BilevelProblem,
@@ -20,8 +22,17 @@ from hypergrad.derivatives import cross_vjp, linearized_map, outer_value_and_gra
 from hypergrad.estimate import with_estimate
 from hypergrad.nonsmooth import fixed_point, margin, step_size
 from hypergrad.warm_start import extrapolated_start, newton_start
-from solvers import CG, GMRES, AbstractLinearSolver, LinearInfo, Status, status, tree
-from solvers.fields import Number, cast, number, static
+from solvers import (
+    CG,
+    GMRES,
+    AbstractInnerSolver,
+    AbstractLinearSolver,
+    LinearInfo,
+    Status,
+    status,
+    tree,
+)
+from solvers.fields import Number, cast, number, static, unchecked
 from solvers.gradient import linearized_hvp
 from solvers.linear.cg import preconditioned
 from solvers.linear.spectrum import ritz_values
@@ -48,6 +59,12 @@ class Implicit(AbstractEngine):
     `refine=True` returns the hypergradient after the Newton correction of the error estimate, whose error
     is quadratic in that of the plain one, at each step. `info.error_estimate` is still the plain one's.
     `refine_rtol` is how exactly the correction is solved for, relative to itself.
+
+    `target` closes the loop: each step estimates its error, returns the corrected hypergradient (as `refine` does, but
+    with a correction of one digit) and multiplies both tolerances of the next step by `target / error`, within 0.1
+    and 4. So `info.error_estimate` stays near `target`, what is returned is better than that (about its square where
+    the Hessian is smooth), and `tol` of the inner and `rtol` of the linear solver are not used. Under `Tasks`
+    each task has its own loop, relative to its own hypergradient. For inner solves that stop at a tolerance.
 
     Where the inner problem is a fixed point (`Mapping`, solved by `FixedPoint`), H is the Jacobian of
     `w - T(w)`, the system is with its transpose, and `linear_solver` defaults to GMRES.
@@ -78,6 +95,7 @@ class Implicit(AbstractEngine):
     refine: bool = static(False)
     refine_rtol: float = static(1e-3)
     warm_start: str = static("last")
+    target: Number | None = number(None, low=0.0, strict=True)
 
     needs_implicit = True
     proximal = True
@@ -99,7 +117,8 @@ class Implicit(AbstractEngine):
     ) -> "_State":
         batch = problem.inner_sampler(key)(0)
         inner = make_solver(solver, lam).init(problem.inner_objective(lam), w, batch)
-        return _State(inner, tree.zeros_like(w), self._remembered(w))
+        own = None if self.target is None else accuracy.first(w)
+        return _State(inner, tree.zeros_like(w), self._remembered(w), own)
 
     def step(
         self,
@@ -118,6 +137,8 @@ class Implicit(AbstractEngine):
         w = problem.start(w, lam, batch)
         default = CG() if solver.symmetric else GMRES()
         linear = default if self.linear_solver is None else self.linear_solver
+        if state.accuracy is not None:
+            solver, linear = _at(state.accuracy, solver, linear, sampler.varies)
         linear_key = jax.random.fold_in(key, 2)
         extra = jnp.int32(0)
         settled, last = solver.settled(state.inner), w
@@ -179,11 +200,15 @@ class Implicit(AbstractEngine):
             damping=damping,
             margin=distance,
         )
-        h, state = Hypergradient(grad, w, info), _State(inner_state, q, self._remembered(last))
-        if self.refine:
-            h = with_estimate(
-                problem, solver, self, lam, h, state, key, refine=True, rtol=self.refine_rtol
-            )
+        h = Hypergradient(grad, w, info)
+        state = _State(inner_state, q, self._remembered(last), state.accuracy)
+        if self.refine or self.target is not None:
+            rtol = self.refine_rtol if self.refine else 0.1
+            h = with_estimate(problem, solver, self, lam, h, state, key, refine=True, rtol=rtol)
+        if self.target is not None and state.accuracy is not None:
+            error, reached = h.info.error_estimate, inner.residual
+            new = accuracy.following(state.accuracy, error, reached, self.target)
+            state = state._replace(accuracy=new)
         return h, state
 
     def _damping(self, hvp: MatVec, w: Tree, key: Array) -> Scalar:
@@ -199,8 +224,29 @@ class Implicit(AbstractEngine):
     def adjoint(self, state: "_State") -> Tree:
         return state.adjoint
 
+    def inner_tol(self, state: "_State") -> Scalar | None:
+        return None if state.accuracy is None else state.accuracy.tol
+
 
 class _State(NamedTuple):
     inner: Any
     adjoint: Tree
     previous: Tree | None  # where the last inner solve started, for the secant
+    accuracy: Accuracy | None  # tolerances of the next step, where the loop is closed
+
+
+def _at(
+    at: Accuracy, solver: AbstractInnerSolver, linear: AbstractLinearSolver, varies: bool
+) -> tuple[AbstractInnerSolver, AbstractLinearSolver]:
+    """The solvers with these tolerances. Raises ValueError where one has none to set."""
+    if varies and solver.minibatches:
+        raise ValueError(
+            "Implicit(target=...) sets the tolerance of inner solves: expected all rows, or one batch per solve, "
+            "not batches that change from inner step to inner step."
+        )
+    if not hasattr(linear, "rtol"):
+        raise ValueError(
+            f"Implicit(target=...) sets the rtol of the linear solver, and {type(linear).__name__} has none: "
+            "expected one such as CG."
+        )
+    return unchecked(solver, tol=at.tol), unchecked(linear, rtol=at.rtol)

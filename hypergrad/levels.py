@@ -16,18 +16,33 @@ class Slots(eqx.Module):
     """
 
     stored: Any
-    """The data; where they are shuffled, with the first `size - 1` rows once more at the end."""
+    """The data in `parts` blocks; where they are shuffled, each with its first rows once more at the end, one less than
+    its share of a batch."""
     size: int | None = eqx.field(static=True)
     num_rows: int = eqx.field(static=True)
     """1 where there are no batches: all data are one slot."""
     shuffled: bool = eqx.field(static=True, default=False)
+    parts: int = eqx.field(static=True, default=1)
+    """Blocks of rows, each on a device of its own, that a batch takes equally many rows from."""
 
     @property
     def data(self) -> Any:
         """All rows once."""
         if self.size is None or not self.shuffled:
             return self.stored
-        return jax.tree.map(lambda leaf: leaf[: self.num_rows], self.stored)
+        return self._cut(0, self.num_rows // self.parts)
+
+    def _cut(self, start: Array | int, length: int) -> Any:
+        """`length` rows from `start` on, of each block."""
+
+        def one(leaf: Array) -> Array:
+            if self.parts == 1:
+                return jax.lax.dynamic_slice_in_dim(leaf, start, length)
+            blocks = leaf.reshape(self.parts, -1, *leaf.shape[1:])
+            cut = jax.lax.dynamic_slice_in_dim(blocks, start, length, axis=1)
+            return cut.reshape(-1, *leaf.shape[1:])
+
+        return jax.tree.map(one, self.stored)
 
     @property
     def num(self) -> int:
@@ -47,15 +62,14 @@ class Slots(eqx.Module):
         sit it out. One slice, and no random bits but a hash.
         """
         assert self.shuffled
-        size = self.size
-        if size is None:
+        if self.size is None:
             return self.stored
-        rows, fit = jnp.uint32(self.num_rows), jnp.uint32(self.num_rows // size)
+        size, num_rows = self.size // self.parts, self.num_rows // self.parts
+        rows, fit = jnp.uint32(num_rows), jnp.uint32(num_rows // size)
         count = count.astype(jnp.uint32)
         start = mixed(seed, count // fit) % rows + count % fit * jnp.uint32(size)
         start = jnp.where(start >= rows, start - rows, start).astype(jnp.int32)
-        cut = lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, start, size)
-        return jax.tree.map(cut, self.stored)
+        return self._cut(start, size)
 
     def share(self, index: Array) -> Array:
         """The part of all rows that is in this slot."""
@@ -64,15 +78,10 @@ class Slots(eqx.Module):
 
     def on(self, index: Array, fn: Callable[[Any], Any]) -> Any:
         """`fn(batch)` for this slot's batch; it is compiled for each of the two lengths."""
-        size = self.size
-        if size is None:
+        if self.size is None:
             return fn(self.stored)
-
-        def rows(length: int) -> Any:
-            cut = lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, index * size, length)
-            return jax.tree.map(cut, self.stored)
-
-        short = self.num_rows % size
+        size, short = (rows // self.parts for rows in (self.size, self.num_rows % self.size))
+        rows = lambda length: self._cut(index * size, length)
         if short == 0:
             return fn(rows(size))
         last = index == self.num - 1

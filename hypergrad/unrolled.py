@@ -21,7 +21,7 @@ from hypergrad.base import (
 from hypergrad.derivatives import hessian_product
 from solvers import AbstractInnerSolver, GradientDescent, Mapping, Status, tree
 from solvers.fields import Number, cast, number, static
-from solvers.loops import judge, run_steps
+from solvers.loops import fixed_budget, judge, run_steps
 from solvers.status import where
 from solvers.types import Objective, Sampler, Tree
 
@@ -107,7 +107,7 @@ class Unrolled(AbstractEngine):
         first_solver = make_solver(solver, lam)
         if has_prox(problem):
             check_proximal(first_solver)
-        total = first_solver.max_steps
+        total = fixed_budget(first_solver)
         window = self.truncate if self.mixture is None else jnp.size(self.mixture)
         tail = total if window is None else min(window, total)
         head = total - tail

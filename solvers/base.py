@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 import equinox as eqx
 import jax
 
-from solvers.fields import Number, Settings
+from solvers.fields import Number, Settings, number
 from solvers.types import ObjectiveFn, Tree
 
 
@@ -22,6 +22,9 @@ class AbstractInnerSolver(Settings):
     """Static: the length of a fixed budget."""
     tol: eqx.AbstractVar[Number | None]
     """Absolute 2-norm of `optimality`; None is 1e-8 (float64) or 1e-4; 0 is a fixed budget."""
+    steps: Number | None = number(None, low=0.0, kw_only=True)
+    """At most so many of the `max_steps`, rounded down: a number, so that it may follow the outer step without another
+    compilation. For loops that stop; engines that go through a fixed number of steps refuse it."""
 
     lagged: ClassVar[bool] = False
     unrollable: ClassVar[bool] = True

@@ -31,13 +31,14 @@ class Schedule(eqx.Module):
         return jnp.asarray(self.fn(step))
 
 
-def number(default: Any, *, low: float | None = None, strict: bool = False) -> Any:
+def number(default: Any, *, low: float | None = None, strict: bool = False, **kwargs: Any) -> Any:
     """A numeric setting, stored as an array leaf.
 
     Python numbers become strongly typed floats; `None` and strings such as "auto" are kept; a
     callable becomes a `Schedule`. Values below `low` (or equal to it, if `strict`) are refused.
     """
-    return eqx.field(default=default, converter=_to_number, metadata={"low": low, "strict": strict})
+    metadata = {"low": low, "strict": strict}
+    return eqx.field(default=default, converter=_to_number, metadata=metadata, **kwargs)
 
 
 def static(default: Any, *, low: int | None = None, **kwargs: Any) -> Any:

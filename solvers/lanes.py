@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from solvers.base import AbstractInnerSolver
-from solvers.loops import advance, is_open, judge, run_until, stop_level, tolerance
+from solvers.loops import advance, budget_of, is_open, judge, run_until, stop_level, tolerance
 from solvers.types import ObjectiveFn, SolveInfo, Tree
 
 
@@ -57,7 +57,7 @@ def solve_many(
         tolerance(solver, one) if tol is None else jnp.asarray(tol, tolerance(solver, one).dtype)
     )
     limit = jnp.broadcast_to(limit, (count,))
-    budget = jnp.asarray(solver.max_steps if max_steps is None else max_steps).astype(jnp.int32)
+    budget = jnp.asarray(budget_of(solver) if max_steps is None else max_steps).astype(jnp.int32)
     queue = _Queue(w, state, batches, stop_level(limit, one), jnp.broadcast_to(budget, (count,)))
 
     def start(i: Array) -> tuple[_Lane, Tree, Any]:

@@ -21,6 +21,27 @@ def tolerance(solver: AbstractInnerSolver, w: Tree) -> Scalar:
     return jnp.asarray(default, like.dtype) if solver.tol is None else cast(solver.tol, like)
 
 
+def budget_of(solver: AbstractInnerSolver) -> Array | int:
+    """The steps a solve may take: `max_steps`, or `steps` where that is less."""
+    if solver.steps is None:
+        return solver.max_steps
+    steps = jnp.asarray(solver.steps)  # a schedule may give any dtype, and more than an int32 holds
+    return jnp.minimum(steps, jnp.asarray(solver.max_steps, steps.dtype)).astype(jnp.int32)
+
+
+def fixed_budget(solver: AbstractInnerSolver) -> int:
+    """`max_steps`, where all of them are taken.
+
+    Raises ValueError for a solver with `steps`, which bounds a loop that stops.
+    """
+    if solver.steps is not None:
+        raise ValueError(
+            f"{type(solver).__name__}(steps=...) bounds a loop that stops, but these steps are gone through one by "
+            "one: give their number as max_steps, or use the engine Implicit."
+        )
+    return solver.max_steps
+
+
 def solve(
     solver: AbstractInnerSolver, objective: ObjectiveFn, w: Tree, state: Any, sampler: Sampler
 ) -> tuple[Tree, Any, SolveInfo]:
@@ -32,8 +53,12 @@ def solve(
     if solver.max_steps == 0:
         num_steps, tol = jnp.int32(0), tolerance(solver, w)
     elif sampler.varies and solver.minibatches:
-        w, state = run_steps(solver, objective, w, state, sampler, solver.max_steps)
-        num_steps, tol = jnp.int32(solver.max_steps), jnp.zeros(())
+        num_steps, tol = jnp.asarray(budget_of(solver), jnp.int32), jnp.zeros(())
+        if solver.steps is None:
+            w, state = run_steps(solver, objective, w, state, sampler, solver.max_steps)
+        else:
+            step = lambda i, carry: solver.step(objective, carry[0], carry[1], sampler(i))
+            w, state = jax.lax.fori_loop(0, num_steps, step, (w, state))
     else:
         tol = tolerance(solver, w)
         w, state, num_steps = _run_while_useful(solver, objective, w, state, sampler(0), tol)
@@ -56,17 +81,17 @@ def _run_while_useful(
 
     Else a tolerance that the precision does not allow would take the whole budget, at each solve.
     """
-    level = stop_level(tol, w)
+    level, most = stop_level(tol, w), budget_of(solver)
     if solver.max_steps <= ROUND:
         return run_until(solver, objective, w, state, batch, level)
 
     def is_going(carry: tuple[Tree, Any, Array, Array]) -> Array:
         _, state, steps, stuck = carry
-        return is_open(state, steps, level, solver.max_steps) & ~stuck
+        return is_open(state, steps, level, most) & ~stuck
 
     def body(carry: tuple[Tree, Any, Array, Array]) -> tuple[Tree, Any, Array, Array]:
         w, before, steps, _ = carry
-        budget = jnp.minimum(solver.max_steps - steps, ROUND)
+        budget = jnp.minimum(most - steps, ROUND)
         w, state, taken = run_until(solver, objective, w, before, batch, level, budget)
         floor = rounding_level(objective(w, batch), w).astype(state.residual.dtype)
         gained = state.residual < 0.9 * before.residual
@@ -129,9 +154,9 @@ def run_until(
 ) -> tuple[Tree, Any, Array]:
     """Steps until the residual is at most `tol`, at most `budget` of them: `(w, state, steps)`.
 
-    `budget` is the solver's `max_steps` where it is None.
+    `budget` is the solver's own where it is None.
     """
-    budget = solver.max_steps if budget is None else budget
+    budget = budget_of(solver) if budget is None else budget
 
     def is_going(carry: tuple[Tree, Any, Array]) -> Array:
         _, state, steps = carry

@@ -22,7 +22,9 @@ LONG_GD = bl.GradientDescent(max_steps=2000, learning_rate="auto")
 
 CASES = {
     "exact": EngineCase(bl.Exact(), EXACT_LBFGS, 1e-10),
-    "implicit": EngineCase(bl.Implicit(), EXACT_LBFGS, 1e-7, {"damping": (1e-9, 1e-8)}),
+    "implicit": EngineCase(
+        bl.Implicit(), EXACT_LBFGS, 1e-7, {"damping": (1e-9, 1e-8), "target": (0.1, 0.2)}
+    ),
     "implicit-dense": EngineCase(bl.Implicit(bl.Dense()), bl.Newton(tol=1e-11), 1e-7),
     "implicit-neumann": EngineCase(bl.Implicit(bl.Neumann(max_steps=2000)), EXACT_LBFGS, 1e-6),
     "unrolled": EngineCase(

@@ -78,6 +78,11 @@ def check(problem: Any, solver: Any, engine: AbstractEngine) -> None:
             "an outer method sets the tolerances of its solves: expected the engine Implicit with a linear "
             f"solver that has an rtol, such as CG, got {engine!r}."
         )
+    if engine.target is not None:
+        raise TypeError(
+            "an outer method sets the tolerances of its solves: expected Implicit(target=None), got "
+            f"target={engine.target}."
+        )
     if not isinstance(solver, AbstractInnerSolver):
         raise TypeError(
             f"an outer method needs an inner solver with a tolerance, not a function of lam: {solver!r}."

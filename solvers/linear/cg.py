@@ -29,7 +29,8 @@ class CG(AbstractLinearSolver):
     Stops at `||b - A x|| <= max(rtol ||b||, atol)`; the recursion's residual is checked against the
     recomputed one and the iteration restarted where they disagree. `rtol` defaults to 1e-10 in
     float64 and 1e-5 in float32 (never below 10 eps), `max_steps` to ten times the dimension, within
-    100 and 5000. `rtol=0, atol=0` runs `max_steps` steps (or until rounding ends the progress).
+    100 and 5000. `rtol=0, atol=0` runs `max_steps` steps (or until rounding ends the progress). `steps`
+    bounds them too: a number, rounded down and at least 1, that may follow the outer step without another compilation.
     `preconditioner` is a symmetric positive definite approximation of the inverse: a function `r -> z`,
     or `Jacobi`, `NystromPreconditioner` or another `AbstractPreconditioner`, made once per operator.
 
@@ -45,6 +46,7 @@ class CG(AbstractLinearSolver):
     atol: Number = number(0.0, low=0.0)
     max_steps: int | None = static(None, low=1)
     preconditioner: AbstractPreconditioner | Callable[[Tree], Tree] | None = None
+    steps: Number | None = number(None, low=1.0)
 
     def __check_init__(self) -> None:
         given = self.preconditioner
@@ -69,7 +71,12 @@ class CG(AbstractLinearSolver):
         dtype = b_norm.dtype
         eps = tree.epsilon(b)
         target = target_residual(b, self.rtol, self.atol, unit)
-        max_steps = step_budget(self.max_steps, b)
+        most = step_budget(self.max_steps, b)
+        max_steps = jnp.asarray(most, dtype)
+        if self.steps is not None:
+            steps = jnp.asarray(self.steps)  # a schedule may give any dtype
+            bound = jnp.clip(steps, jnp.ones_like(steps), jnp.asarray(most, steps.dtype))
+            max_steps = jnp.floor(bound.astype(dtype))
         approximate = self.preconditioner
 
         def precondition(r: Tree) -> Tree:

@@ -81,3 +81,17 @@ def test_it_is_measured_once_for_each_problem_and_used(monkeypatch):
     unrolled = bl.Unrolled(memory_budget="1GB")
     with pytest.raises(ValueError, match="memory_budget depend on each other"):
         bl.hypergradient(tasks(4, "auto"), 0.5, w, engine=unrolled)
+
+
+def test_short_steps_are_timed_more_often(monkeypatch):
+    """Two calls of a millisecond may both be slow by chance: the last of ten, the fastest, counts."""
+    now, calls = [0.0], []
+    monkeypatch.setattr(lane_choice.time, "perf_counter", lambda: now[0])
+
+    def call():
+        calls.append(1)
+        now[0] += 0.001 if len(calls) == 11 else 0.01
+        return jnp.zeros(())
+
+    np.testing.assert_allclose(lane_choice._seconds(call), 0.001)
+    assert len(calls) == 11

@@ -113,6 +113,33 @@ def test_bad_input(lam, changes, match):
         population(lam, **changes)
 
 
+def test_a_break_and_chunks_change_no_bit(tmp_path):
+    """Two halvings, one of them before the break; a callback sees the members, and ends the runs."""
+    halved, seen = population(halvings=2), []
+
+    def callback(state, rows):
+        seen.append((int(state.step), rows.outer_value.shape, np.sum(state.active).item()))
+        assert state.members.lam.shape == (4,)
+        return int(state.step) == 7
+
+    settings = {"halvings": 2, "chunk": 3, "checkpoint": tmp_path}
+    broken = population(callback=callback, **settings)
+    assert seen == [(3, (3, 4), 4), (4, (1, 4), 2), (7, (3, 4), 2)]
+    assert (
+        sorted(member.stopped for member in broken.members) == ["callback"] * 2 + ["hopeless"] * 2
+    )
+    with pytest.raises(ValueError, match="holds checkpoints of an earlier run"):
+        population(**settings)
+    again = population(resume=True, **settings)
+    for one, other in zip(again.members, halved.members, strict=True):
+        assert one.stopped == other.stopped
+        jax.tree.map(np.testing.assert_array_equal, one.state, other.state)
+        jax.tree.map(np.testing.assert_array_equal, one.history, other.history)
+    late = population(halvings=2, time_limit=1e-9)
+    assert [len(member.history.status) for member in late.members] == [4] * 4
+    assert [member.stopped for member in late.members].count("time_limit") == 2
+
+
 def test_ctrl_c_returns_what_is_done(monkeypatch):
     from bilevel import population as module
 

@@ -65,6 +65,34 @@ def test_time_left_is_the_pace_after_the_first_chunk(monkeypatch, capsys):
     assert capsys.readouterr().err.splitlines()[-1].endswith("12.0 s  6 s left")
 
 
+def test_the_line_tells_work_idle_lanes_and_memory(monkeypatch, capsys):
+    columns = dict.fromkeys(bl.History._fields, np.zeros(2))
+    columns |= {
+        "error_estimate": np.array([0.02, np.nan]),
+        "inner_steps": np.array([30, 10], np.int32),
+        "lane_steps": np.array([60, 20], np.int32),
+        "adjoint_steps": np.array([3, 5], np.int32),
+    }
+    rows = bl.History(**columns)
+    assert progress.work(rows) == " (error 0.02)  inner 20  adjoint 4  lanes 50% busy"
+    assert "busy" not in progress.work(rows._replace(lane_steps=rows.inner_steps))
+    run(progress=True)
+    assert " memory " in capsys.readouterr().err  # of the process, where the backend says nothing
+
+    class Device:
+        def __init__(self, used):
+            self.used = used
+
+        def memory_stats(self):
+            return {"peak_bytes_in_use": self.used, "bytes_limit": 8 * 10**9}
+
+    monkeypatch.setattr(progress.jax, "local_devices", lambda: [Device(10**9), Device(3 * 10**9)])
+    assert progress.memory() == "  device 3 GB of 8 GB"
+    monkeypatch.setattr(progress.jax, "local_devices", lambda: [Device(0)])
+    monkeypatch.setattr(progress, "resource", None)
+    assert progress.memory() == ""
+
+
 def test_ctrl_c_returns_the_chunks_that_are_done():
     def press(state, history):
         if int(state.step) == 4:

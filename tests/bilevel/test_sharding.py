@@ -1,4 +1,4 @@
-"""Tasks over the devices of a mesh: the numbers of one device, in one compiled program."""
+"""Tasks, or rows, over the devices of a mesh: the numbers of one device, in one compiled program."""
 
 import subprocess
 import sys
@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import bilevel as bl
+from bilevel.problem import shuffled
 
 CHILD = """
 import os, sys, tempfile
@@ -81,12 +82,97 @@ np.testing.assert_allclose(h8.w, h.w, rtol=1e-6, atol=1e-6)
 assert np.any(h.w == 0) and np.any(h.w != 0)
 """
 
+ROWS = """
+import re
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from bilevel.gradient import _checked, _hypergradient
+
+def loss(w, lam, batch):
+    X, y = batch
+    return jnp.mean(jax.nn.softplus(X @ w) - y * (X @ w))
+
+def penalised(w, lam, batch):
+    return loss(w, lam, batch) + 0.5 * jnp.sum(jnp.exp(lam) * w**2)
+
+X = jnp.asarray(rng.standard_normal((400, 16)), jnp.float32)
+y = (X @ jnp.asarray(rng.standard_normal(16), jnp.float32) > 0).astype(jnp.float32)
+train, test = (X[:240], y[:240]), (X[240:], y[240:])
+lam, w = jnp.full(16, -3.0, jnp.float32), jnp.zeros(16, jnp.float32)
+large = bl.Problem(penalised, loss, train, test)
+solver = bl.GradientDescent(1.0, max_steps=300, tol=1e-5)
+settings = {"solver": solver, "engine": bl.Implicit(estimate=False), "throw": False}
+steps = {"num_steps": 2, "chunk": 1, "outer": optax.sgd(0.1), **settings}
+
+expected = bl.run(large, lam, w, **steps)
+programs = outer_steps.take_steps._cached._cache_size()
+spread = bl.run(large, lam, w, mesh=mesh, **steps)
+assert outer_steps.take_steps._cached._cache_size() == programs + 1  # the second chunk compiles nothing
+assert spread.w.sharding.is_fully_replicated and len(spread.w.sharding.device_set) == 8
+
+def compiled(problem, w, mesh=None):
+    args = _checked(problem, lam, w, solver, settings["engine"], None, mesh)
+    assert mesh is not None or args[3].sharding.is_equivalent_to(w.sharding, 1)
+    program = _hypergradient.lower(*args).compile().compiled
+    moves = set(re.findall(r" (all-[a-z]+|collective-[a-z]+)(?:-start)?\\(", program.as_text()))
+    return moves, program.memory_analysis().argument_size_in_bytes
+
+data = 400 * 17 * 4
+alone, by_rows = compiled(large, w), compiled(large, w, mesh)
+assert alone[0] == set() and by_rows[0] == {"all-reduce"}, by_rows
+assert data < alone[1] < data + 512 and by_rows[1] < data / 8 + 512, by_rows
+
+# Unknowns over the devices, by shardings that the user gives: w, what the solver keeps and the adjoint stay there.
+flat = Mesh(mesh.devices.reshape(-1), ("unknowns",))
+put = lambda leaf, *spec: jax.device_put(leaf, NamedSharding(flat, PartitionSpec(*spec)))
+columns = [(put(X, None, "unknowns"), put(y)) for X, y in (train, test)]
+wide = bl.run(bl.Problem(penalised, loss, *columns), lam, put(w, "unknowns"), **steps)
+moves, size = compiled(bl.Problem(penalised, loss, *columns), put(w, "unknowns"))
+assert moves == {"all-reduce"} and size < data / 8 + 400 * 4 + 512, (moves, size)
+for leaf in jax.tree.leaves((wide.w, wide.best.w, wide.state.engine)):
+    assert leaf.shape != (16,) or leaf.addressable_shards[0].data.shape == (2,)
+for found in (spread, wide):
+    for name in ("lam", "w"):
+        np.testing.assert_allclose(getattr(found, name), getattr(expected, name), rtol=1e-6, atol=1e-6)
+    for name in ("outer_value", "grad_norm"):
+        pair = getattr(found.history, name), getattr(expected.history, name)
+        np.testing.assert_allclose(*pair, rtol=1e-6)
+
+# Batches: as many rows from each device, which has its own in an order of its own; a pass repeats none.
+from bilevel.problem import shuffled
+from bilevel.sharding import spread as spread_over
+
+def rows_of(batch):
+    return {X.tobytes(): i for i, X in enumerate(np.asarray(batch[0]))}
+
+key = jax.random.key(1)
+few = bl.Problem(penalised, loss, train, test, batch_size=(16, 40))
+here, there = shuffled(few, key, (8, 8)), shuffled(spread_over(few, mesh), key)
+numbers = rows_of(train)
+batches = jax.jit(lambda problem: jax.vmap(problem.inner_sampler(key))(jnp.arange(15)))
+pair = batches(here), batches(there)
+jax.tree.map(np.testing.assert_array_equal, *pair)
+drawn = np.array([[numbers[X.tobytes()] for X in batch] for batch in np.asarray(pair[1][0])])
+np.testing.assert_array_equal(drawn // 30, np.repeat(np.arange(8), 2)[None].repeat(15, 0))
+assert sorted(drawn.ravel()) == list(range(240)) and np.any(np.diff(drawn[:, 0]) < 0)
+jax.tree.map(np.testing.assert_array_equal, here.slots()[0].data[1], there.slots()[0].data[1])
+assert sorted(map(bytes, np.asarray(there.slots()[1].data[0]))) == sorted(map(bytes, np.asarray(test[0])))
+for leaf in jax.tree.leaves((there.inner_data, there.outer_data)):
+    assert leaf.addressable_shards[0].data.shape[0] == leaf.shape[0] // 8 > 0
+
+soba = {"engine": bl.SOBA(0.1, estimate=False), "num_steps": 4, "chunk": 4, "outer": optax.sgd(0.1)}
+stochastic = bl.run(few, lam, w, mesh=mesh, key=key, **soba)
+assert np.isfinite(stochastic.history.outer_value).all()
+program = jax.jit(lambda problem, w: jax.grad(problem.inner)(w, lam, problem.inner_sampler(key)(0)))
+text = program.lower(there, w).compile().as_text()
+assert set(re.findall(r" (all-[a-z]+|collective-[a-z]+)(?:-start)?\\(", text)) == {"all-reduce"}
+"""
+
 
 def test_eight_devices_give_what_one_gives():
     here = Path(__file__).parents[2]
     cache = jax.config.jax_compilation_cache_dir or ""  # type: ignore[attr-defined]
     done = subprocess.run(
-        [sys.executable, "-c", CHILD, cache, str(here)],
+        [sys.executable, "-c", CHILD + ROWS, cache, str(here)],
         capture_output=True,
         text=True,
         check=False,
@@ -102,11 +188,19 @@ def loss(w, lam, task):
 def test_what_cannot_be_spread_is_refused():
     mesh = jax.make_mesh((1,), ("tasks",))
     problem = bl.Problem(loss, loss)
-    with pytest.raises(TypeError, match=r"mesh=... spreads the tasks of bilevel.Tasks"):
+    with pytest.raises(ValueError, match=r"mesh=... spreads the rows .* and it has none"):
         bl.run(problem, 1.0, np.zeros(2), mesh=mesh)
+    batches = bl.Problem(loss, loss, np.ones((4, 2)), batch_size=(3, None))
+    with pytest.raises(ValueError, match=r"each of 2 devices: expected a batch_size .* got 3"):
+        shuffled(batches, jax.random.key(0), (2, 1))
+    mixed = bl.Problem(loss, loss, (np.ones((4, 2)), np.ones(())))
+    with pytest.raises(ValueError, match=r"inner_data must hold arrays with one common first"):
+        bl.run(mixed, 1.0, np.zeros(2), mesh=mesh)
     tasks = bl.Tasks(problem, np.zeros((3, 2)))
     with pytest.raises(TypeError, match=r"mesh must be a jax.sharding.Mesh, got 8"):
         bl.hypergradient(tasks, 1.0, np.zeros(2), mesh=8)
     four = jax.sharding.AbstractMesh((4,), ("tasks",))
+    with pytest.raises(ValueError, match=r"the 3 rows of data do not divide among the 4 devices"):
+        bl.shard_rows(np.ones((3, 2)), four)
     with pytest.raises(ValueError, match=r"3 tasks do not divide among the 4 devices"):
         bl.Tasks(problem, np.zeros((3, 2)), mesh=four)
