@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from bilevel import glm, schedules, transforms
     from bilevel.checks import Check, check
     from bilevel.choice import Choice, choose
+    from bilevel.composite import gauss_newton
     from bilevel.driver import run
     from bilevel.footprint import Memory
     from bilevel.gradient import choose_lanes, hypergradient, memory, truncation
@@ -179,6 +180,7 @@ __all__ = [
     "choose",
     "choose_lanes",
     "gather",
+    "gauss_newton",
     "glm",
     "hypergradient",
     "implicit",
@@ -199,6 +201,7 @@ __all__ = [
 _HOMES = {
     "bilevel.checks": {"Check", "check"},
     "bilevel.choice": {"Choice", "choose"},
+    "bilevel.composite": {"gauss_newton"},
     "bilevel.driver": {"run"},
     "bilevel.footprint": {"Memory"},
     "bilevel.gradient": {"choose_lanes", "hypergradient", "memory", "truncation"},

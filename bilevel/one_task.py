@@ -73,6 +73,10 @@ class Shared(eqx.Module):
         return self._of_slice(self.objective.preconditioner)
 
     @property
+    def gauss_newton(self) -> Any:
+        return self._of_slice(self.objective.gauss_newton)
+
+    @property
     def prox(self) -> Any:
         return self.objective.prox
 

@@ -39,6 +39,8 @@ class Problem(eqx.Module):
         known in closed form; used instead of automatic differentiation.
       inner_preconditioner: `(w, lam, batch) -> (r -> z)`, which prepares an approximation of the inverse of
         that Hessian, symmetric and positive definite: a CG without a preconditioner of its own uses it.
+      inner_gauss_newton: `(w, lam, batch) -> (v -> G v)`, which prepares products with the Gauss-Newton matrix of
+        `inner`, for `Implicit(gauss_newton=True)`; `bilevel.gauss_newton` makes it and the loss.
       constants: `bilevel.Constants`, or `(w, lam, inner_batch, outer_batch) -> Constants`, where they are
         known: a hypergradient of `Implicit` then comes with a certified error bound.
       inner_prox: `(v, step, lam) -> w`, the proximal operator of `step` times a nonsmooth term psi(w, lam)
@@ -73,6 +75,9 @@ class Problem(eqx.Module):
     inner_preconditioner: Callable[[Tree, Tree, Any], MatVec] | None = eqx.field(
         static=True, default=None, kw_only=True
     )
+    inner_gauss_newton: Callable[[Tree, Tree, Any], MatVec] | None = eqx.field(
+        static=True, default=None, kw_only=True
+    )
     constants: Any = eqx.field(default=None, kw_only=True)
     inner_prox: Callable[[Tree, Array, Tree], Tree] | None = eqx.field(
         static=True, default=None, kw_only=True
@@ -103,7 +108,7 @@ class Problem(eqx.Module):
                     f"got {getattr(self, name)!r}."
                 )
         functions = (
-            *("inner_init", "inner_hvp", "inner_preconditioner"),
+            *("inner_init", "inner_hvp", "inner_preconditioner", "inner_gauss_newton"),
             *("inner_prox", "inner_penalty", "outer_projection"),
             *("inequality", "equality", "joint_projection"),
         )
@@ -148,9 +153,8 @@ class Problem(eqx.Module):
             )
 
     def inner_objective(self, lam: Tree) -> Objective:
-        return Objective(
-            self.inner, lam, self.inner_hvp, self.inner_prox, self.inner_preconditioner
-        )
+        own = self.inner_hvp, self.inner_prox, self.inner_preconditioner, self.inner_gauss_newton
+        return Objective(self.inner, lam, *own)
 
     def inner_sampler(self, key: Array) -> Sampler:
         size = self.batch_size[0]

@@ -53,6 +53,7 @@ def together(
         bound=jnp.mean(weights.astype(each.bound.dtype) * each.bound),
         corrected_value=mean(each.corrected_value),
         damping=jnp.max(each.damping),
+        gauss_newton=jnp.any(each.gauss_newton),
         margin=jnp.nanmin(each.margin),
         growth=jnp.max(each.growth),
         status=jnp.max(each.status),

@@ -76,6 +76,9 @@ class HypergradInfo(NamedTuple):
     """The outer value at the inner solution, to second order in the inner error; NaN = unknown."""
     damping: Array
     """What was added to the diagonal of the inner Hessian: above zero, `grad` is biased by it."""
+    gauss_newton: Array
+    """Whether the adjoint system is that of the Gauss-Newton matrix, so that `grad` is biased by what it leaves
+    out of the inner Hessian; boolean."""
     margin: Array
     """Distance of the inner solution from a kink of the inner prox, on the scale of the inner gradient; NaN
     where no kink was found, or there is no prox."""
@@ -216,6 +219,7 @@ def make_info(
     curvature: Array | None = None,
     corrected_value: Array | None = None,
     damping: Array | float = 0.0,
+    gauss_newton: bool = False,
     margin: Array | None = None,
     growth: Array | None = None,
 ) -> HypergradInfo:
@@ -232,6 +236,7 @@ def make_info(
         bound=nan,
         corrected_value=nan if corrected_value is None else corrected_value,
         damping=jnp.asarray(damping, nan.dtype),
+        gauss_newton=jnp.asarray(gauss_newton),
         margin=nan if margin is None else margin,
         growth=nan if growth is None else growth.astype(nan.dtype),
         status=combine(inner.status, broken, *statuses),

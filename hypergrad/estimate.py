@@ -66,7 +66,7 @@ def with_estimate(
       rtol: of the corrections, where the engine has an adjoint to correct.
       probe: look for negative curvature that no right-hand side excites; None does unless `refine`.
 
-    Where the engine needs the inverse Hessian and is undamped, what the estimate's solves found (negative
+    Where the engine needs the inverse Hessian, undamped, what the estimate's solves found (negative
     curvature, a singular system) is a verdict on the hypergradient too.
     """
     solver = make_solver(solver, lam)
@@ -79,12 +79,14 @@ def with_estimate(
     like = info.error_estimate.dtype
     status, bound = info.status, info.bound
     if adjoint is not None and engine.needs_implicit:
-        status = jnp.where(info.damping == 0, combine(status, found.status), status)
+        biased = (info.damping != 0) | info.gauss_newton  # of another matrix than was looked at
+        status = jnp.where(biased, status, combine(status, found.status))
     constants = getattr(problem, "constants", None)
     if constants is not None and adjoint is not None and not has_prox(problem):
         if not isinstance(constants, Constants):
             constants = constants(h.w, lam, *batches)
         bound = error_bound(problem, solver, lam, h, adjoint, *batches, constants)
+        bound = jnp.where(info.gauss_newton, jnp.nan, bound)  # the residual is of another matrix
     info = info._replace(
         error_estimate=found.error.astype(like),
         bound=bound.astype(like),

@@ -1,5 +1,6 @@
 """Implicit differentiation."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -53,6 +54,11 @@ class Implicit(AbstractEngine):
     (a network stopped early) the result is that of a damped problem, `info.damping` says so, and the
     error is unknown.
 
+    `gauss_newton=True` takes the Gauss-Newton matrix of the inner loss (`Problem(inner_gauss_newton=...)`)
+    in the place of H in the adjoint system, as `info.gauss_newton` says: never indefinite for a loss that is convex
+    in the model's outputs, exact where the model is linear in `w` or fits the data; elsewhere a bias, which
+    `info.error_estimate` shows where H is positive definite. C stays exact.
+
     Negative curvature of `H + damping I` is status INDEFINITE whatever the linear solver made of it: at a
     saddle point the formula has a value, but it is no hypergradient.
 
@@ -91,6 +97,7 @@ class Implicit(AbstractEngine):
 
     linear_solver: AbstractLinearSolver | None = None
     damping: Number | str = number(0.0, low=0.0)
+    gauss_newton: bool = static(False)
     estimate: bool | None = static(None)
     refine: bool = static(False)
     refine_rtol: float = static(1e-3)
@@ -154,6 +161,8 @@ class Implicit(AbstractEngine):
             residual, hvp = linearized_hvp(objective, w, batch)
         else:
             residual, _, hvp = linearized_map(solver, objective, w, batch)
+        if self.gauss_newton:
+            hvp = _gauss_newton(problem, solver, objective)(w, lam, batch)
         if isinstance(self.damping, str) and not solver.symmetric:
             raise ValueError(
                 "Implicit(damping='auto') is for losses: a fixed point has no curvature."
@@ -195,9 +204,13 @@ class Implicit(AbstractEngine):
             undecided,
             adjoint_residual=adjoint.residual,
             adjoint_steps=adjoint.num_steps + extra,
-            curvature=curvature - damping.astype(curvature.dtype),
+            # That of the Gauss-Newton matrix says nothing of the inner loss.
+            curvature=jnp.full_like(curvature, jnp.nan)
+            if self.gauss_newton
+            else curvature - damping.astype(curvature.dtype),
             corrected_value=value + correction.astype(value.dtype),
             damping=damping,
+            gauss_newton=self.gauss_newton,
             margin=distance,
         )
         h = Hypergradient(grad, w, info)
@@ -226,6 +239,17 @@ class Implicit(AbstractEngine):
 
     def inner_tol(self, state: "_State") -> Scalar | None:
         return None if state.accuracy is None else state.accuracy.tol
+
+
+def _gauss_newton(problem: BilevelProblem, solver: Solver, objective: Any) -> Callable[..., MatVec]:
+    own = getattr(objective, "gauss_newton", None)
+    if own is None:
+        raise ValueError(
+            "Implicit(gauss_newton=True) needs Problem(inner_gauss_newton=...): see bilevel.gauss_newton."
+        )
+    if has_prox(problem) or not solver.symmetric:
+        raise ValueError("Implicit(gauss_newton=True) is for smooth inner losses without a prox.")
+    return own
 
 
 class _State(NamedTuple):

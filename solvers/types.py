@@ -27,7 +27,8 @@ class Objective(eqx.Module):
     where given, is the Hessian-vector product in `w`; it replaces automatic differentiation.
 
     `preconditioner(w, args, batch) -> (r -> z)`, where given, prepares a symmetric positive definite
-    approximation of the inverse Hessian at `w`.
+    approximation of the inverse Hessian at `w`. `gauss_newton(w, args, batch) -> (v -> G v)`, where given,
+    prepares products with the Gauss-Newton matrix there.
 
     `prox(v, step, args) -> w`, where given, is the proximal operator of `step` times a nonsmooth part
     that is minimised along with `fn`; calls give the smooth part alone.
@@ -38,6 +39,7 @@ class Objective(eqx.Module):
     hvp: Callable[[Tree, Any, Any, Tree], Tree] | None = eqx.field(static=True, default=None)
     prox: Callable[[Tree, Any, Any], Tree] | None = eqx.field(static=True, default=None)
     preconditioner: Callable[[Tree, Any, Any], MatVec] | None = eqx.field(static=True, default=None)
+    gauss_newton: Callable[[Tree, Any, Any], MatVec] | None = eqx.field(static=True, default=None)
 
     def __call__(self, w: Tree, batch: Any) -> Scalar:
         return self.fn(w, self.args, batch)
