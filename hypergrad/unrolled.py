@@ -61,6 +61,12 @@ class Unrolled(AbstractEngine):
     K). `mixture`, an array of K weights, gives `sum_k mixture[k-1] grad_k`, with grad_k that of `truncate=k`
     (`dF/dlam` included in each), in the one backward pass of K steps.
 
+    `window="random"`: the training ends after n steps, n drawn from `key` uniformly from `truncate`, ..., T, and its
+    last `truncate` steps are differentiated, the start too where they are all. The mean over n is the mean of the
+    truncated derivatives of trainings of all these lengths: biased as each of them is, but no longer
+    towards settings for the end of the training alone. `h.w` is w_n, `info.outer_value` its outer value, and
+    `info.inner.num_steps` n: outer values of two calls are not comparable. It takes `(T + K) / 2` steps on average.
+
     A derivative of the outer loss in the state that grows by more than `max_growth` on its way
     back through the steps is DIVERGED: the training is chaotic, and its derivative, though
     correct, says nothing about any step that is not tiny. `info.growth` is that factor.
@@ -74,7 +80,7 @@ class Unrolled(AbstractEngine):
 
     Cost: about four gradients per differentiated step (levels = 1), one more for each further level.
     Source: Franceschi et al. 2017 (reverse); Shaban et al. 2019 (truncated); Griewank and Walther 2000
-    (checkpoints); Bonnet et al. 2021 (mixtures).
+    (checkpoints); Bonnet et al. 2021 (mixtures); Feng, Vedantam and Kempe 2024 (random windows).
     """
 
     truncate: int | None = static(None, low=1)
@@ -84,6 +90,7 @@ class Unrolled(AbstractEngine):
     mixture: Number | None = number(None)
     max_growth: Number = number(1e6, low=0.0, strict=True)
     estimate: bool | None = static(None)
+    window: str = static("last")
 
     proximal = True
     fixed_points = True
@@ -92,6 +99,14 @@ class Unrolled(AbstractEngine):
     def __check_init__(self) -> None:
         if self.mixture is not None and self.truncate is not None:
             raise ValueError("Unrolled: mixture has its own last K; leave out truncate.")
+        if self.window not in ("last", "random"):
+            raise ValueError(
+                f"{type(self).__name__}(window=...) must be 'last' or 'random', got {self.window!r}."
+            )
+        if self.window == "random" and self.truncate is None:
+            raise ValueError(
+                "Unrolled: window='random' needs the length of the window, truncate=K."
+            )
         if self.memory_budget is not None and not self.checkpoint:
             raise ValueError("Unrolled: memory_budget chooses checkpoints; leave out checkpoint.")
 
@@ -108,9 +123,11 @@ class Unrolled(AbstractEngine):
         if has_prox(problem):
             check_proximal(first_solver)
         total = first_solver.max_steps
-        window = self.truncate if self.mixture is None else jnp.size(self.mixture)
-        tail = total if window is None else min(window, total)
-        head = total - tail
+        length = self.truncate if self.mixture is None else jnp.size(self.mixture)
+        tail = total if length is None else min(length, total)
+        head = total - tail  # steps that are not differentiated
+        drawn = self.window == "random" and head > 0
+        skipped: Any = _drawn(key, head) if drawn else head
         levels = self.levels if self.checkpoint else 0
 
         def begin(lam: Tree) -> Any:
@@ -123,13 +140,20 @@ class Unrolled(AbstractEngine):
             """The first of the differentiated steps: what came before is a constant, settings are not."""
             first, inner_state = prefix
             fresh = make_solver(solver, lam).init(problem.inner_objective(lam), *at_start)
-            return first, jax.tree.map(_where_unchanged, inner_state, fresh)
+            carry = first, jax.tree.map(_where_unchanged, inner_state, fresh)
+            if not drawn:
+                return carry
+            return jax.tree.map(lambda a, b: jnp.where(skipped == 0, a, b), begin(lam), carry)
 
         if head:  # outside the differentiated function
             first, inner_state = begin(lam)
             at_start = first, sampler(0)
             objective = problem.inner_objective(lam)
-            prefix = run_steps(first_solver, objective, first, inner_state, sampler, head)
+            if drawn:
+                one = lambda t, x: first_solver.step(objective, x[0], x[1], sampler(t))
+                prefix = jax.lax.fori_loop(0, skipped, one, (first, inner_state))
+            else:
+                prefix = run_steps(first_solver, objective, first, inner_state, sampler, head)
 
         weights = None if self.mixture is None else _weights(self.mixture, tail)
 
@@ -148,7 +172,7 @@ class Unrolled(AbstractEngine):
                 inner_state,
                 indexed,
                 tail,
-                start=head,
+                start=skipped,
                 levels=levels,
             )
             w_final = tree.add(w_final, at.last)
@@ -162,7 +186,7 @@ class Unrolled(AbstractEngine):
             problem.inner_objective(lam),
             w,
             sampler(0),
-            jnp.int32(total),
+            jnp.int32(skipped + tail),
             jnp.zeros(()),
         )
         c_norm = tree.norm(by.last)
@@ -232,6 +256,11 @@ def _shifted(w: Tree, args: tuple[Objective, Tree], batch: Any) -> Array:
     objective, shift = args
     value = objective(w, batch)
     return value - tree.vdot(shift, w).astype(value.dtype)
+
+
+def _drawn(key: Array, high: int) -> Array:
+    """Uniform from 0, ..., `high`."""
+    return jax.random.randint(jax.random.fold_in(key, 8), (), 0, high + 1)
 
 
 def _weights(mixture: Number, num_steps: int) -> Array:

@@ -180,6 +180,78 @@ def test_a_mixture_refuses_what_it_cannot_weigh():
         bl.Unrolled(mixture=(1.0,), truncate=2)
 
 
+@pytest.mark.parametrize("solver", [plain_solver, schedule_solver, injected_solver])
+def test_random_windows_are_uniform_truncations(solver):
+    """Windows of 3 in at most 7 steps: each is the truncation that ends there, and all five are as likely.
+
+    Each step has its own batch; lam acts on the start, which the first window reaches.
+    """
+    target = lambda w, lam, batch: rate_and_target(w, lam, None) + 0.3 * jnp.mean(batch @ w)
+    start = lambda lam, batch: lam["target"] * jnp.asarray([0.2, -0.4])
+    rows = jnp.asarray(np.random.default_rng(0).normal(size=(40, 2)))
+    problem = bl.Problem(target, quartic, rows, None, batch_size=(1, None), inner_init=start)
+    engine, num = bl.Unrolled(truncate=3, window="random"), 2000
+    lam = jax.tree.map(jnp.asarray, LAM)
+
+    def draw(key):
+        h = engine.step(problem, solver, jnp.zeros(2), lam, None, key)[0]
+        return h.grad, h.w, h.info.inner.num_steps, h.info.outer_value
+
+    @jax.jit
+    def ending_at(length, key):
+        """Derivatives through the last 3 of `length` steps, without the library."""
+        sampler = problem.inner_sampler(key)
+        slope = jax.grad(target)
+        steps = lambda lam, w, first, last: jax.lax.fori_loop(
+            first, last, lambda t, w: w - lam["rate"] * slope(w, lam, sampler(t)), w
+        )
+        w = steps(lam, start(lam, None), 0, length - 3)
+
+        def last(lam):
+            v = jnp.where(length == 3, start(lam, None), w)
+            for k in range(3):
+                v = v - lam["rate"] * slope(v, lam, sampler(length - 3 + k))
+            return quartic(v, lam, None), v
+
+        (value, v), grad = jax.value_and_grad(last, has_aux=True)(lam)
+        return grad, v, length, value
+
+    keys = jax.random.split(jax.random.key(5), num)
+    found = jax.jit(jax.vmap(draw))(keys)
+    lengths = np.asarray(found[2])
+    counts = np.bincount(lengths, minlength=8)
+    assert counts[:3].sum() == 0 and np.all(abs(counts[3:] - num / 5) < 4.5 * (num * 0.16) ** 0.5)
+    expected = jax.vmap(ending_at)(found[2], keys)
+    for mine, theirs in zip(found, expected, strict=True):
+        np.testing.assert_allclose(flat(mine), flat(theirs), rtol=1e-10)
+
+
+def test_the_mean_over_random_windows_is_that_of_all_truncations():
+    """On all rows: the mean of many draws against all five windows, each by its own solver."""
+    problem, w, num = bl.Problem(rate_and_target, quartic), jnp.asarray([0.2, -0.4]), 4000
+    engine, lam = bl.Unrolled(truncate=3, window="random"), jax.tree.map(jnp.asarray, LAM)
+    until = lambda n: lambda lam: bl.GradientDescent(lam["rate"], max_steps=n)
+    windows = [
+        flat(
+            bl.hypergradient(problem, LAM, w, solver=until(n), engine=bl.Unrolled(truncate=3)).grad
+        )
+        for n in range(3, 8)
+    ]
+    draw = lambda key: engine.step(problem, plain_solver, w, lam, None, key)[0].grad
+    found = jax.jit(jax.vmap(draw))(jax.random.split(jax.random.key(6), num))
+    found = np.stack([np.asarray(leaf) for leaf in jax.tree.leaves(found)], axis=-1)
+    error = found.std(axis=0) / num**0.5
+    assert np.all(np.abs(found.mean(axis=0) - np.mean(windows, axis=0)) < 4.5 * error)
+    assert np.all(error < 0.02 * np.abs(np.mean(windows, axis=0)))
+    short = bl.Unrolled(truncate=9, window="random")  # longer than the training: all of it
+    h = bl.hypergradient(problem, LAM, w, solver=plain_solver, engine=short)
+    whole = bl.hypergradient(problem, LAM, w, solver=plain_solver, engine=bl.Unrolled())
+    np.testing.assert_allclose(flat(h.grad), flat(whole.grad), rtol=1e-12)
+    for wrong in ({"window": "random"}, {"window": "first", "truncate": 2}):
+        with pytest.raises(ValueError, match="window"):
+            bl.Unrolled(**wrong)
+
+
 @functools.cache
 def ready(seed):
     rng = np.random.default_rng(seed)
