@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
 import equinox as eqx
 import jax
@@ -15,6 +15,7 @@ from bilevel.tasks import Tasks
 from hypergrad import BilevelProblem, Hypergradient, Unrolled
 from hypergrad.base import Solver, begin, check_proximal, has_prox, make_info, make_solver
 from hypergrad.derivatives import outer_value_and_grads
+from hypergrad.watch import Watched, no_peak
 from solvers import Status, tree
 from solvers.loops import judge, run_steps
 from solvers.status import where
@@ -99,9 +100,11 @@ def replay(
 
     adjoint = lazy_tree(len(ends), arity, first, forward, last, back, host.put, host.get)
     end, value, inner, c_norm = judged
-    grad, growth = _finish(*args, w, adjoint, c_norm)
-    exploded = where(growth > max_growth, Status.DIVERGED)
-    info = make_info(value, inner, grad, exploded, adjoint_steps=total, growth=growth)
+    grad, growth, peak = _finish(*args, w, adjoint, c_norm)
+    exploded = where(peak > max_growth, Status.DIVERGED)
+    info = make_info(
+        value, inner, grad, exploded, adjoint_steps=total, growth=growth, peak_growth=peak
+    )
     h = Hypergradient(grad, end, info)
     if throw and int(info.status) != Status.OK:
         raise BilevelError(int(info.status), "replay", h)
@@ -167,22 +170,25 @@ class _Adjoint(NamedTuple):
     """What the steps so far add to the gradient."""
     state: Any
     """The outer loss's derivative in the floating-point leaves of the state."""
+    peak: Array
+    """Its largest norm so far, in the inner variable."""
 
 
-def _moved(problem, solver, lam, key, floats, others, start, length) -> tuple[Any, Any]:
-    """The state after `length` steps: its floating-point leaves, and the others."""
+def _moved(problem, solver, lam, key, floats, others, peak, start, length) -> tuple[Any, Any]:
+    """The state after `length` steps: its floating-point leaves with `peak`, and the others."""
     w, inner_state = eqx.combine(floats, others)
-    carry = run_steps(
-        make_solver(solver, lam),
+    w, (inner_state, peak) = run_steps(
+        cast(Any, Watched(make_solver(solver, lam))),
         problem.inner_objective(lam),
         w,
-        inner_state,
+        (inner_state, peak),
         problem.inner_sampler(key),
         length,
         start=start,
         levels=1,
     )
-    return eqx.partition(carry, eqx.is_inexact_array)
+    floats, others = eqx.partition((w, inner_state), eqx.is_inexact_array)
+    return (floats, peak), others
 
 
 @eqx.filter_jit
@@ -193,20 +199,23 @@ def _first(problem, solver, lam, key, w) -> Any:
 @eqx.filter_jit
 def _forward(problem, solver, lam, key, carry, start, length: int) -> Any:
     parts = eqx.partition(carry, eqx.is_inexact_array)
-    return eqx.combine(*_moved(problem, solver, lam, key, *parts, start, length))
+    peak = no_peak(carry[0])
+    (floats, _), others = _moved(problem, solver, lam, key, *parts, peak, start, length)
+    return eqx.combine(floats, others)
 
 
 @eqx.filter_jit
 def _back(problem, solver, lam, key, carry, start, length: int, adjoint: _Adjoint) -> _Adjoint:
     floats, others = eqx.partition(carry, eqx.is_inexact_array)
 
-    def block(lam: Tree, floats: Any) -> Any:
-        return _moved(problem, solver, lam, key, floats, others, start, length)[0]
+    def block(lam: Tree, floats: Any, peak: Array) -> Any:
+        return _moved(problem, solver, lam, key, floats, others, peak, start, length)[0]
 
     # Settings held in the state are differentiated too: optax raises them to integer powers.
     with jax.numpy_dtype_promotion("standard"):
-        in_lam, state = jax.vjp(block, lam, floats)[1](adjoint.state)
-    return _Adjoint(tree.add(adjoint.lam, in_lam), state)
+        pull = jax.vjp(block, lam, floats, jnp.zeros_like(adjoint.peak))[1]
+        in_lam, state, peak = pull((adjoint.state, adjoint.peak))
+    return _Adjoint(tree.add(adjoint.lam, in_lam), state, peak)
 
 
 @eqx.filter_jit
@@ -218,17 +227,18 @@ def _last(problem, solver, lam, key, carry, total: int) -> tuple[_Adjoint, Array
     batch, zero = problem.inner_sampler(key)(0), jnp.zeros(())
     objective = problem.inner_objective(lam)
     inner = judge(make_solver(solver, lam), objective, w, batch, jnp.int32(total), zero)
-    adjoint = _Adjoint(in_lam, (c, tree.zeros_like(floats[1])))
+    adjoint = _Adjoint(in_lam, (c, tree.zeros_like(floats[1])), no_peak(w))
     return adjoint, value, inner, tree.norm(c)
 
 
 @eqx.filter_jit
-def _finish(problem, solver, lam, key, w, adjoint: _Adjoint, c_norm) -> tuple[Tree, Array]:
-    """The gradient with what lam does to the start, and the growth of the adjoint."""
+def _finish(problem, solver, lam, key, w, adjoint: _Adjoint, c_norm) -> tuple[Tree, Array, Array]:
+    """The gradient with what lam does to the start, and the growth of the adjoint, at the start and at most."""
 
     def start(lam: Tree) -> Any:
         return eqx.partition(begin(problem, solver, w, lam, key), eqx.is_inexact_array)[0]
 
     (in_lam,) = jax.vjp(start, lam)[1](adjoint.state)
-    growth = tree.norm(adjoint.state[0]) / jnp.where(c_norm > 0, c_norm, jnp.ones_like(c_norm))
-    return tree.add(adjoint.lam, in_lam), growth
+    scale = jnp.where(c_norm > 0, c_norm, jnp.ones_like(c_norm))
+    growth = tree.norm(adjoint.state[0]) / scale
+    return tree.add(adjoint.lam, in_lam), growth, adjoint.peak / scale

@@ -51,6 +51,7 @@ def together(
         damping=jnp.max(each.damping),
         margin=jnp.nanmin(each.margin),
         growth=jnp.max(each.growth),
+        peak_growth=jnp.max(each.peak_growth),
         status=jnp.max(each.status),
         tasks=each,
     )

@@ -19,6 +19,7 @@ from hypergrad.base import (
     make_solver,
 )
 from hypergrad.derivatives import hessian_product
+from hypergrad.watch import Watched, no_peak
 from solvers import AbstractInnerSolver, GradientDescent, Mapping, Status, tree
 from solvers.fields import Number, cast, number, static
 from solvers.loops import judge, run_steps
@@ -67,9 +68,10 @@ class Unrolled(AbstractEngine):
     towards settings for the end of the training alone. `h.w` is w_n, `info.outer_value` its outer value, and
     `info.inner.num_steps` n: outer values of two calls are not comparable. It takes `(T + K) / 2` steps on average.
 
-    A derivative of the outer loss in the state that grows by more than `max_growth` on its way
+    A derivative of the outer loss in the inner variable that grows by more than `max_growth` anywhere on its way
     back through the steps is DIVERGED: the training is chaotic, and its derivative, though
-    correct, says nothing about any step that is not tiny. `info.growth` is that factor.
+    correct, says nothing about any step that is not tiny. `info.peak_growth` is that factor, and
+    `info.growth` that of the whole way.
 
     Where the problem declares `constants`, `info.bound` bounds the distance from the derivative of the
     converged problem, truncation included: a shift of the inner gradient, common to all steps, has the
@@ -166,10 +168,10 @@ class Unrolled(AbstractEngine):
             indexed = Sampler(lambda index: (index, sampler(index)), varies=sampler.varies)
             first = tree.add(first, at.first)
             w_final, _ = run_steps(
-                cast_type(Any, steps),
+                cast_type(Any, Watched(steps)),
                 cast_type(Any, None),
                 first,
-                inner_state,
+                (inner_state, at.peak),
                 indexed,
                 tail,
                 start=skipped,
@@ -179,7 +181,7 @@ class Unrolled(AbstractEngine):
             return problem.outer(w_final, weigh(-1), outer_batch), w_final
 
         zero = tree.zeros_like(prefix[0] if head else jax.eval_shape(begin, lam)[0])
-        at = _Point(lam, zero, zero, zero if _certified(problem) else None)
+        at = _Point(lam, zero, zero, no_peak(zero), zero if _certified(problem) else None)
         (value, w), by = jax.value_and_grad(unrolled, has_aux=True)(at)
         inner = judge(
             make_solver(solver, lam),
@@ -191,14 +193,22 @@ class Unrolled(AbstractEngine):
         )
         c_norm = tree.norm(by.last)
         one = jnp.ones_like(c_norm)
-        growth = tree.norm(by.first) / jnp.where(c_norm > 0, c_norm, one)
-        exploded = where(growth > cast(self.max_growth, growth), Status.DIVERGED)
+        scale = jnp.where(c_norm > 0, c_norm, one)
+        growth, peak_growth = tree.norm(by.first) / scale, by.peak / scale
+        exploded = where(peak_growth > cast(self.max_growth, growth), Status.DIVERGED)
         left = None
         if by.shift is not None:
             image = hessian_product(problem, w, lam, sampler(0))(by.shift)
-            left = tree.norm(tree.sub(image, by.last)) / jnp.where(c_norm > 0, c_norm, one)
+            left = tree.norm(tree.sub(image, by.last)) / scale
         info = make_info(
-            value, inner, by.lam, exploded, adjoint_residual=left, adjoint_steps=tail, growth=growth
+            value,
+            inner,
+            by.lam,
+            exploded,
+            adjoint_residual=left,
+            adjoint_steps=tail,
+            growth=growth,
+            peak_growth=peak_growth,
         )
         return Hypergradient(by.lam, w, info), _State(by.shift)
 
@@ -222,6 +232,8 @@ class _Point(NamedTuple):
     """Added to the first state: its derivative is the adjoint after all steps back."""
     last: Tree
     """Added to the last one: its derivative is dF/dw."""
+    peak: Array
+    """Its derivative is the largest norm of the adjoint on its way."""
     shift: Tree | None
     """Taken off the inner gradient of each step."""
 

@@ -91,7 +91,7 @@ def test_replay_is_unrolled(monkeypatch):
         h = bl.replay(problem, LAM, block=4, arity=arity, **options)
         np.testing.assert_allclose(flat(h.grad), flat(expected.grad), rtol=1e-10)
         np.testing.assert_allclose(flat(h.w), flat(expected.w), rtol=1e-12)
-        for name in ("outer_value", "growth"):
+        for name in ("outer_value", "growth", "peak_growth"):
             found, there = getattr(h.info, name), getattr(expected.info, name)
             np.testing.assert_allclose(found, there, rtol=1e-10)
     with pytest.raises(bl.BilevelError, match="DIVERGED"):

@@ -327,24 +327,51 @@ def test_the_truncation_for_a_target():
 # Never silently wrong
 
 
-@pytest.mark.parametrize(("rate", "status"), [(1.7, "OK"), (4.4, "DIVERGED")])
-def test_an_exploding_adjoint_is_diverged(rate, status):
-    """Each step multiplies w, and the adjoint, by 1 - rate (curvature 1)."""
+def halves(early, late):
+    """A training of 12 steps, each of which multiplies w and the adjoint by 1 - rate (curvature 1)."""
     inner = lambda w, lam, batch: 0.5 * jnp.sum((w - lam) ** 2)
     outer = lambda w, lam, batch: jnp.sum(w)
-    call = lambda engine: bl.hypergradient(
-        bl.Problem(inner, outer),
-        1.3,
-        jnp.ones(2),
-        engine=engine,
-        solver=bl.GradientDescent(rate, max_steps=12),
-        throw=False,
-    )
-    info = call(bl.Unrolled(levels=1, estimate=False)).info
-    np.testing.assert_allclose(info.growth, abs(1 - rate) ** 12, rtol=1e-10)
-    assert bl.Status(int(info.status)).name == status
-    free = call(bl.Unrolled(levels=1, estimate=False, max_growth=np.inf))
-    assert int(free.info.status) == bl.Status.OK
+    rule = optax.sgd(lambda step: jnp.where(step < 6, early, late))
+    solver = bl.OptaxSolver(rule, max_steps=12)
+    return {"problem": bl.Problem(inner, outer), "lam": 1.3, "w": jnp.ones(2), "solver": solver}
+
+
+@pytest.mark.parametrize(
+    ("early", "late", "status"),
+    [(1.7, 1.7, "OK"), (11.0, 0.9, "OK"), (0.9, 12.0, "DIVERGED"), (4.4, 4.4, "DIVERGED")],
+)
+def test_an_exploding_adjoint_is_diverged(early, late, status):
+    """Wherever on its way back it exploded: growth in the late steps may be gone after the early ones."""
+    case = halves(early, late)
+    of_step = abs(1 - np.repeat([early, late], 6))
+    way = np.cumprod(of_step[::-1])
+    assert (np.max(way) > 1e6) == (status == "DIVERGED")
+    for call in (
+        lambda: bl.hypergradient(**case, engine=bl.Unrolled(estimate=False), throw=False),
+        lambda: bl.replay(**case, block=4, arity=2, throw=False),
+    ):
+        info = call().info
+        np.testing.assert_allclose(info.growth, way[-1], rtol=1e-10)
+        np.testing.assert_allclose(info.peak_growth, np.max(way), rtol=1e-10)
+        assert bl.Status(int(info.status)).name == status
+
+
+def test_an_exploding_adjoint_is_told_with_its_growth_and_what_to_try():
+    case = halves(0.9, 12.0)
+    with pytest.raises(bl.BilevelError) as raised:
+        bl.hypergradient(**case, engine=bl.Unrolled(estimate=False))
+    for part in (
+        "smaller learning rate",
+        "truncate=K",
+        "metasmoothness",
+        "ES",
+        "factor of 1.77e+06",
+    ):
+        assert part in str(raised.value)
+    free = bl.hypergradient(**case, engine=bl.Unrolled(estimate=False, max_growth=np.inf))
+    last = bl.hypergradient(**case, engine=bl.Unrolled(estimate=False, truncate=3))
+    np.testing.assert_allclose(last.info.peak_growth, 11.0**3, rtol=1e-10)
+    assert int(free.info.status) == int(last.info.status) == bl.Status.OK
 
 
 # Memory
