@@ -51,8 +51,8 @@ class Unrolled(AbstractEngine):
     `info.error_estimate` says how far it is from the derivative of the converged one.
 
     `levels` is how much is recomputed instead of stored: 1 keeps the state before each of the T steps; 2 about
-    2 sqrt(T) states, for one more forward pass; L about L T^(1/L) states, for L - 1 more. From 256 steps on and
-    L > 1, a few steps whose intermediates are small store them together, and count as one.
+    2 sqrt(T) states, for one more forward pass; L about L T^(1/L) states, for L - 1 more. From 256 steps on, a
+    few steps whose intermediates are small store them together, and count as one.
     `checkpoint=False` stores all intermediates. `memory_budget="2GB"` (or bytes)
     replaces `levels`: before it runs, `hypergradient` or `run` compiles with 1, 2, ... levels and takes the
     first whose memory fits, by XLA's own account; where none does they raise ValueError.
@@ -165,7 +165,11 @@ class Unrolled(AbstractEngine):
             if weights is not None:
                 check_settings("Unrolled(mixture=...)", solver, first_solver, inner_state)
             steps = _Steps(problem, solver, at.lam, at.shift, weights, head)
-            indexed = Sampler(lambda index: (index, sampler(index)), varies=sampler.varies)
+            indexed = Sampler(
+                lambda at: (at[0], sampler.draw(at[1])),
+                varies=sampler.varies,
+                plan=lambda index: (index, index if sampler.plan is None else sampler.plan(index)),
+            )
             first = tree.add(first, at.first)
             w_final, _ = run_steps(
                 cast_type(Any, Watched(steps)),

@@ -12,6 +12,7 @@ import pytest
 
 import bilevel as bl
 from bilevel import footprint
+from solvers import loops
 from solvers.loops import unit_steps
 
 T = 21  # no power: every level leaves steps over
@@ -388,7 +389,7 @@ def wide_case(T):
 
 
 def test_compiled_memory_follows_the_model():
-    """w and the momentum are 512 B each. A block restarts from both; a step's derivative needs w alone."""
+    """w and the momentum are 512 B each. A unit of 8 steps, or a block, restarts from both."""
 
     def temporary(T, **options):
         problem, lam, w, solver = wide_case(T)
@@ -398,7 +399,7 @@ def test_compiled_memory_follows_the_model():
     one = 64 * 8
     few = {L: temporary(256, levels=L) for L in (1, 2)}
     many = {L: temporary(4096, levels=L) for L in (1, 2)}
-    assert 0.95 < (many[1] - few[1]) / (one * (4096 - 256)) < 1.3
+    assert 0.9 < (many[1] - few[1]) / (2 * one * (4096 - 256) / 8) < 1.3
     grown = many[2] - few[2]  # from 11 blocks of 11 units of 2 steps to 32 of 32 of 4
     assert 0.9 < grown / (3 * one * (32 - 11)) < 1.6, grown
     assert many[2] < 0.8 * 3 * one * 64  # 64 blocks of 64 steps
@@ -421,8 +422,11 @@ def test_a_unit_is_as_long_as_is_cheapest():
     assert chosen(1, 255) == 1
 
 
-def test_units_leave_no_step_out():
-    """263 steps, each with its own batch: units of several, blocks of them, units and steps left over."""
+def test_units_leave_no_step_out(monkeypatch):
+    """263 steps, each with its own batch: units of several, blocks of them, units and steps left over.
+
+    The rows of all steps, of a block, or of one step are drawn at once.
+    """
     problem, lam, w, _ = wide_case(263)
     solver = bl.GradientDescent(0.01, momentum=0.5, max_steps=263)  # longer steps magnify rounding
     problem = bl.Problem(wide, wide, problem.inner_data, problem.outer_data, batch_size=(4, None))
@@ -430,7 +434,9 @@ def test_units_leave_no_step_out():
         problem, lam, w, solver=solver, engine=bl.Unrolled(estimate=False, **options)
     )
     expected = call(checkpoint=False)
-    for levels in (2, 3):
+    for levels in (1, 2, 3):
+        if levels == 3:
+            monkeypatch.setattr(loops, "PLANS", 0)
         h = call(levels=levels)
         np.testing.assert_allclose(h.grad, expected.grad, rtol=1e-9)
         np.testing.assert_allclose(h.w, expected.w, rtol=1e-10)
