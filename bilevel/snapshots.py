@@ -1,6 +1,7 @@
 """The derivative through a training that is run from the host: REPLAY, a lazy tree of snapshots."""
 
 import itertools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar, cast
 
@@ -33,6 +34,7 @@ def replay(
     solver: Solver | str | None = None,
     block: int = 100,
     arity: int = 4,
+    snapshots: int | None = None,
     max_growth: float = 1e6,
     key: Array | None = None,
     throw: bool = True,
@@ -50,14 +52,21 @@ def replay(
       arity: k children of each node. For B = T / block blocks, `(k - 1) log_k B + 1` snapshots live at once and
         `(k - 1) / k B log_k B` blocks are run forward, the first pass included: a larger k takes more
         memory and less time.
+      snapshots: instead of `arity`, the number s of snapshots that may live at once. Blocks are then run forward
+        as seldom as that allows (binomial checkpointing): `r B - C(s + r, s + 1) + 1` times for the least r with
+        `C(s + r, s) >= B`.
       max_growth: as in `Unrolled`.
 
     Cost: about `4 + (k - 1) / k log_k B` gradients per step. Device memory: `block` states and a few.
-    Source: Engstrom et al. 2025 (REPLAY); here leaves are blocks, and the first pass is the tree's own.
+    Source: Engstrom et al. 2025 (REPLAY); here leaves are blocks, and the first pass is the tree's own. Griewank
+    and Walther 2000 (binomial).
 
     Raises TypeError or ValueError for bad input, BilevelError for a status that is not OK.
     """
-    for name, value, low in (("block", block, 1), ("arity", arity, 2)):
+    numbers: list[tuple[str, Any, int]] = [("block", block, 1), ("arity", arity, 2)]
+    if snapshots is not None:
+        numbers.append(("snapshots", snapshots, 1))
+    for name, value, low in numbers:
         if isinstance(value, bool) or not isinstance(value, int):
             raise TypeError(f"{name} must be an integer, got {value!r}.")
         if value < low:
@@ -98,7 +107,8 @@ def replay(
         judged.extend([carry[0], *report])
         return adjoint
 
-    adjoint = lazy_tree(len(ends), arity, first, forward, last, back, host.put, host.get)
+    schedule, size = (lazy_tree, arity) if snapshots is None else (binomial, snapshots)
+    adjoint = schedule(len(ends), size, first, forward, last, back, host.put, host.get)
     end, value, inner, c_norm = judged
     grad, growth, peak = _finish(*args, w, adjoint, c_norm)
     exploded = where(peak > max_growth, Status.DIVERGED)
@@ -145,6 +155,49 @@ def lazy_tree(
         return adjoint
 
     return visit(first, 0, count, None)
+
+
+def binomial(
+    count: int,
+    snapshots: int,
+    first: State,
+    forward: Callable[[State, int], State],
+    last: Callable[[State], Adjoint],
+    back: Callable[[State, int, Adjoint], Adjoint],
+    put: Callable[[State], Any] = lambda state: state,
+    get: Callable[[Any], State] = lambda snapshot: snapshot,
+) -> Adjoint:
+    """As `lazy_tree`, with at most `snapshots` of them and the fewest runs of `forward` that these allow.
+
+    n steps are cut where what is left of the snapshots is best used; the late part is worked on with one less, then
+    the early part with all of them again.
+    """
+
+    def visit(state: State, low: int, high: int, free: int, adjoint: Any) -> Any:
+        while high - low > 1:
+            kept, cut = put(state), low + _early_part(high - low, free)
+            for index in range(low, cut):
+                state = forward(state, index)
+            adjoint = visit(state, cut, high, free - 1, adjoint)
+            state, high = get(kept), cut
+        if high == count:
+            adjoint = last(forward(state, low))
+        return back(state, low, adjoint)
+
+    return visit(first, 0, count, snapshots, None)
+
+
+def _early_part(steps: int, snapshots: int) -> int:
+    """How many of the steps to run before the next snapshot.
+
+    With s snapshots and r runs of each step, `C(s + r, s)` steps can be reversed: the late part must not need more
+    than r runs with one snapshot less, the early part not more than r - 1.
+    """
+    reach = lambda s, r: math.comb(s + r, s) if r >= 0 else 0
+    runs = 0
+    while reach(snapshots, runs) < steps:
+        runs += 1
+    return max(1, reach(snapshots, runs - 2), steps - reach(snapshots - 1, runs))
 
 
 class _Host:
