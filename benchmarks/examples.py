@@ -18,7 +18,7 @@ from PIL import Image
 
 ROOT = Path(__file__).parents[1]
 NAMES = ["tune_ridge", "clean_labels", "meta_sinusoid", "learn_schedule", "online_rates"]
-NAMES += ["distill_digits"]
+NAMES += ["distill_digits", "choose_data"]
 
 
 def main() -> None:

@@ -48,13 +48,17 @@ def outer(w, lam, batch):
     return cross_entropy(w, batch)
 
 
-def by_hand(problem, w, key, steps, levels):
-    """The gradient of training without the library; levels: scan, each step, or sqrt(T) and each step."""
+def by_hand(problem, w, key, steps, levels, at_once=False):
+    """The gradient of training without the library; levels: scan, each step, or sqrt(T) and each step.
+
+    `at_once`: the row numbers of all batches are drawn before the training, not each step's in its turn.
+    """
     sampler, validation = problem.inner_sampler(key), problem.outer_batch(key)
+    draw = sampler.draw if at_once else sampler
 
     def step(carry, index, lam):
         w, m = carry
-        g = jax.grad(inner)(w, lam, sampler(index))
+        g = jax.grad(inner)(w, lam, draw(index))
         m = jax.tree.map(lambda a, b: lam["momentum"] * a + b, m, g)
         return (jax.tree.map(lambda a, b: a - lam["rate"] * b, w, m), m), None
 
@@ -63,11 +67,15 @@ def by_hand(problem, w, key, steps, levels):
         if levels:
             one = jax.checkpoint(one, prevent_cse=False)
         carry, indices = (w, jax.tree.map(jnp.zeros_like, w)), jnp.arange(steps)
+        if at_once:
+            indices = jax.vmap(sampler.plan)(indices)
         if levels == 2:
             length = round(steps**0.5)
             whole = steps - steps % length
             block = jax.checkpoint(lambda c, i: jax.lax.scan(one, c, i), prevent_cse=False)
-            carry, _ = jax.lax.scan(block, carry, indices[:whole].reshape(-1, length))
+            carry, _ = jax.lax.scan(
+                block, carry, indices[:whole].reshape(-1, length, *indices.shape[1:])
+            )
             indices = indices[whole:]
         carry, _ = jax.lax.scan(one, carry, indices)
         return outer(carry[0], lam, validation)
@@ -154,8 +162,9 @@ def main() -> None:
         return bl.GradientDescent(lam["rate"], momentum=lam["momentum"], max_steps=args.steps)
 
     programs, memory = {}, {}
-    for name, levels in (("scan", 0), ("each step", 1), ("sqrt and step", 2)):
-        grad = by_hand(problem, w, key, args.steps, levels)
+    hands = {"scan": (0, False), "each step": (1, False), "sqrt and step": (2, False)}
+    for name, options in (hands | {"sqrt, rows at once": (2, True)}).items():
+        grad = by_hand(problem, w, key, args.steps, *options)
         compiled = grad.lower(LAM).compile()
         programs[f"hand: {name}"] = functools.partial(compiled, LAM)
         memory[f"hand: {name}"] = compiled.memory_analysis().temp_size_in_bytes

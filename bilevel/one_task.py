@@ -32,7 +32,8 @@ class Task(eqx.Module):
 
     def inner_sampler(self, key: Array) -> Sampler:
         shared = self.problem.inner_sampler(key)
-        return Sampler(lambda step: _pair(shared(step), self.data), shared.varies)
+        pair = lambda at: _pair(shared.draw(at), self.data)
+        return Sampler(pair, shared.varies, shared.plan)
 
     def outer_batch(self, key: Array) -> Any:
         return _pair(self.problem.outer_batch(key), self.data)

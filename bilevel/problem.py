@@ -12,7 +12,7 @@ import numpy as np
 from jax import Array
 from jax.core import Tracer
 
-from bilevel.sampling import minibatch, num_rows
+from bilevel.sampling import minibatch, num_rows, random_rows, take
 from hypergrad.certificate import Constants
 from hypergrad.levels import Slots
 from solvers.types import MatVec, Objective, Sampler, Tree, constant_sampler
@@ -163,8 +163,8 @@ class Problem(eqx.Module):
         level = jax.random.fold_in(key, 0)
         if self.same_rows:
             return constant_sampler(minibatch(self.inner_data, size, level))
-        draw = lambda step: minibatch(self.inner_data, size, jax.random.fold_in(level, step))
-        return Sampler(draw, varies=True)
+        rows = lambda step: random_rows(self.inner_data, size, jax.random.fold_in(level, step))
+        return Sampler(lambda rows: take(self.inner_data, rows), varies=True, plan=rows)
 
     def outer_batch(self, key: Array) -> Any:
         size = self.batch_size[1]

@@ -20,9 +20,16 @@ class BilevelError(RuntimeError):
     """A computation ended in a status that is not OK. `outcome` holds what was computed."""
 
     def __init__(self, status: int, where: str, outcome: Any = None):
-        super().__init__(f"{where} ended with status {explain(status)}")
+        super().__init__(f"{where} ended with status {explain(status)}{_growth(status, outcome)}")
         self.status = Status(int(status))
         self.outcome = outcome
+
+
+def _growth(status: int, outcome: Any) -> str:
+    """How far the adjoint grew, where that is known."""
+    found = getattr(getattr(outcome, "info", None), "peak_growth", np.nan)
+    grew = int(status) == Status.DIVERGED and float(found) > 1
+    return f" Here the adjoint grew by a factor of {float(found):.3g}." if grew else ""
 
 
 class History(NamedTuple):

@@ -21,5 +21,14 @@ def num_rows(data: Any) -> int:
 
 def minibatch(data: Any, batch_size: int, key: Array) -> Any:
     """`batch_size` rows drawn independently and uniformly: an unbiased estimate of any mean loss."""
-    rows = jax.random.randint(key, (batch_size,), 0, num_rows(data))
+    return take(data, random_rows(data, batch_size, key))
+
+
+def random_rows(data: Any, batch_size: int, key: Array) -> Array:
+    """The numbers of these rows, (batch_size,)."""
+    return jax.random.randint(key, (batch_size,), 0, num_rows(data))
+
+
+def take(data: Any, rows: Array) -> Any:
+    """The rows with these numbers."""
     return jax.tree.map(lambda leaf: jnp.take(leaf, rows, axis=0), data)

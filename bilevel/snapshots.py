@@ -1,8 +1,9 @@
 """The derivative through a training that is run from the host: REPLAY, a lazy tree of snapshots."""
 
 import itertools
+import math
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
 import equinox as eqx
 import jax
@@ -15,6 +16,7 @@ from bilevel.tasks import Tasks
 from hypergrad import BilevelProblem, Hypergradient, Unrolled
 from hypergrad.base import Solver, begin, check_proximal, has_prox, make_info, make_solver
 from hypergrad.derivatives import outer_value_and_grads
+from hypergrad.watch import Watched, no_peak
 from solvers import Status, tree
 from solvers.loops import fixed_budget, judge, run_steps
 from solvers.status import where
@@ -32,6 +34,7 @@ def replay(
     solver: Solver | str | None = None,
     block: int = 100,
     arity: int = 4,
+    snapshots: int | None = None,
     max_growth: float = 1e6,
     key: Array | None = None,
     throw: bool = True,
@@ -49,14 +52,21 @@ def replay(
       arity: k children of each node. For B = T / block blocks, `(k - 1) log_k B + 1` snapshots live at once and
         `(k - 1) / k B log_k B` blocks are run forward, the first pass included: a larger k takes more
         memory and less time.
+      snapshots: instead of `arity`, the number s of snapshots that may live at once. Blocks are then run forward
+        as seldom as that allows (binomial checkpointing): `r B - C(s + r, s + 1) + 1` times for the least r with
+        `C(s + r, s) >= B`.
       max_growth: as in `Unrolled`.
 
     Cost: about `4 + (k - 1) / k log_k B` gradients per step. Device memory: `block` states and a few.
-    Source: Engstrom et al. 2025 (REPLAY); here leaves are blocks, and the first pass is the tree's own.
+    Source: Engstrom et al. 2025 (REPLAY); here leaves are blocks, and the first pass is the tree's own. Griewank
+    and Walther 2000 (binomial).
 
     Raises TypeError or ValueError for bad input, BilevelError for a status that is not OK.
     """
-    for name, value, low in (("block", block, 1), ("arity", arity, 2)):
+    numbers: list[tuple[str, Any, int]] = [("block", block, 1), ("arity", arity, 2)]
+    if snapshots is not None:
+        numbers.append(("snapshots", snapshots, 1))
+    for name, value, low in numbers:
         if isinstance(value, bool) or not isinstance(value, int):
             raise TypeError(f"{name} must be an integer, got {value!r}.")
         if value < low:
@@ -97,11 +107,14 @@ def replay(
         judged.extend([carry[0], *report])
         return adjoint
 
-    adjoint = lazy_tree(len(ends), arity, first, forward, last, back, host.put, host.get)
+    schedule, size = (lazy_tree, arity) if snapshots is None else (binomial, snapshots)
+    adjoint = schedule(len(ends), size, first, forward, last, back, host.put, host.get)
     end, value, inner, c_norm = judged
-    grad, growth = _finish(*args, w, adjoint, c_norm)
-    exploded = where(growth > max_growth, Status.DIVERGED)
-    info = make_info(value, inner, grad, exploded, adjoint_steps=total, growth=growth)
+    grad, growth, peak = _finish(*args, w, adjoint, c_norm)
+    exploded = where(peak > max_growth, Status.DIVERGED)
+    info = make_info(
+        value, inner, grad, exploded, adjoint_steps=total, growth=growth, peak_growth=peak
+    )
     h = Hypergradient(grad, end, info)
     if throw and int(info.status) != Status.OK:
         raise BilevelError(int(info.status), "replay", h)
@@ -144,6 +157,49 @@ def lazy_tree(
     return visit(first, 0, count, None)
 
 
+def binomial(
+    count: int,
+    snapshots: int,
+    first: State,
+    forward: Callable[[State, int], State],
+    last: Callable[[State], Adjoint],
+    back: Callable[[State, int, Adjoint], Adjoint],
+    put: Callable[[State], Any] = lambda state: state,
+    get: Callable[[Any], State] = lambda snapshot: snapshot,
+) -> Adjoint:
+    """As `lazy_tree`, with at most `snapshots` of them and the fewest runs of `forward` that these allow.
+
+    n steps are cut where what is left of the snapshots is best used; the late part is worked on with one less, then
+    the early part with all of them again.
+    """
+
+    def visit(state: State, low: int, high: int, free: int, adjoint: Any) -> Any:
+        while high - low > 1:
+            kept, cut = put(state), low + _early_part(high - low, free)
+            for index in range(low, cut):
+                state = forward(state, index)
+            adjoint = visit(state, cut, high, free - 1, adjoint)
+            state, high = get(kept), cut
+        if high == count:
+            adjoint = last(forward(state, low))
+        return back(state, low, adjoint)
+
+    return visit(first, 0, count, snapshots, None)
+
+
+def _early_part(steps: int, snapshots: int) -> int:
+    """How many of the steps to run before the next snapshot.
+
+    With s snapshots and r runs of each step, `C(s + r, s)` steps can be reversed: the late part must not need more
+    than r runs with one snapshot less, the early part not more than r - 1.
+    """
+    reach = lambda s, r: math.comb(s + r, s) if r >= 0 else 0
+    runs = 0
+    while reach(snapshots, runs) < steps:
+        runs += 1
+    return max(1, reach(snapshots, runs - 2), steps - reach(snapshots - 1, runs))
+
+
 class _Host:
     """Snapshots in host memory, whatever the device."""
 
@@ -167,22 +223,25 @@ class _Adjoint(NamedTuple):
     """What the steps so far add to the gradient."""
     state: Any
     """The outer loss's derivative in the floating-point leaves of the state."""
+    peak: Array
+    """Its largest norm so far, in the inner variable."""
 
 
-def _moved(problem, solver, lam, key, floats, others, start, length) -> tuple[Any, Any]:
-    """The state after `length` steps: its floating-point leaves, and the others."""
+def _moved(problem, solver, lam, key, floats, others, peak, start, length) -> tuple[Any, Any]:
+    """The state after `length` steps: its floating-point leaves with `peak`, and the others."""
     w, inner_state = eqx.combine(floats, others)
-    carry = run_steps(
-        make_solver(solver, lam),
+    w, (inner_state, peak) = run_steps(
+        cast(Any, Watched(make_solver(solver, lam))),
         problem.inner_objective(lam),
         w,
-        inner_state,
+        (inner_state, peak),
         problem.inner_sampler(key),
         length,
         start=start,
         levels=1,
     )
-    return eqx.partition(carry, eqx.is_inexact_array)
+    floats, others = eqx.partition((w, inner_state), eqx.is_inexact_array)
+    return (floats, peak), others
 
 
 @eqx.filter_jit
@@ -193,20 +252,23 @@ def _first(problem, solver, lam, key, w) -> Any:
 @eqx.filter_jit
 def _forward(problem, solver, lam, key, carry, start, length: int) -> Any:
     parts = eqx.partition(carry, eqx.is_inexact_array)
-    return eqx.combine(*_moved(problem, solver, lam, key, *parts, start, length))
+    peak = no_peak(carry[0])
+    (floats, _), others = _moved(problem, solver, lam, key, *parts, peak, start, length)
+    return eqx.combine(floats, others)
 
 
 @eqx.filter_jit
 def _back(problem, solver, lam, key, carry, start, length: int, adjoint: _Adjoint) -> _Adjoint:
     floats, others = eqx.partition(carry, eqx.is_inexact_array)
 
-    def block(lam: Tree, floats: Any) -> Any:
-        return _moved(problem, solver, lam, key, floats, others, start, length)[0]
+    def block(lam: Tree, floats: Any, peak: Array) -> Any:
+        return _moved(problem, solver, lam, key, floats, others, peak, start, length)[0]
 
     # Settings held in the state are differentiated too: optax raises them to integer powers.
     with jax.numpy_dtype_promotion("standard"):
-        in_lam, state = jax.vjp(block, lam, floats)[1](adjoint.state)
-    return _Adjoint(tree.add(adjoint.lam, in_lam), state)
+        pull = jax.vjp(block, lam, floats, jnp.zeros_like(adjoint.peak))[1]
+        in_lam, state, peak = pull((adjoint.state, adjoint.peak))
+    return _Adjoint(tree.add(adjoint.lam, in_lam), state, peak)
 
 
 @eqx.filter_jit
@@ -218,17 +280,18 @@ def _last(problem, solver, lam, key, carry, total: int) -> tuple[_Adjoint, Array
     batch, zero = problem.inner_sampler(key)(0), jnp.zeros(())
     objective = problem.inner_objective(lam)
     inner = judge(make_solver(solver, lam), objective, w, batch, jnp.int32(total), zero)
-    adjoint = _Adjoint(in_lam, (c, tree.zeros_like(floats[1])))
+    adjoint = _Adjoint(in_lam, (c, tree.zeros_like(floats[1])), no_peak(w))
     return adjoint, value, inner, tree.norm(c)
 
 
 @eqx.filter_jit
-def _finish(problem, solver, lam, key, w, adjoint: _Adjoint, c_norm) -> tuple[Tree, Array]:
-    """The gradient with what lam does to the start, and the growth of the adjoint."""
+def _finish(problem, solver, lam, key, w, adjoint: _Adjoint, c_norm) -> tuple[Tree, Array, Array]:
+    """The gradient with what lam does to the start, and the growth of the adjoint, at the start and at most."""
 
     def start(lam: Tree) -> Any:
         return eqx.partition(begin(problem, solver, w, lam, key), eqx.is_inexact_array)[0]
 
     (in_lam,) = jax.vjp(start, lam)[1](adjoint.state)
-    growth = tree.norm(adjoint.state[0]) / jnp.where(c_norm > 0, c_norm, jnp.ones_like(c_norm))
-    return tree.add(adjoint.lam, in_lam), growth
+    scale = jnp.where(c_norm > 0, c_norm, jnp.ones_like(c_norm))
+    growth = tree.norm(adjoint.state[0]) / scale
+    return tree.add(adjoint.lam, in_lam), growth, adjoint.peak / scale

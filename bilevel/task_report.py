@@ -56,6 +56,7 @@ def together(
         gauss_newton=jnp.any(each.gauss_newton),
         margin=jnp.nanmin(each.margin),
         growth=jnp.max(each.growth),
+        peak_growth=jnp.max(each.peak_growth),
         status=jnp.max(each.status),
         tasks=each,
         lane_steps=lane_steps,

@@ -85,6 +85,8 @@ class HypergradInfo(NamedTuple):
     growth: Array
     """The norm of the outer loss's derivative in the inner variable before the differentiated steps, over
     that after them (`Forward`: estimated along one random direction); NaN where no steps are differentiated."""
+    peak_growth: Array
+    """The same for the largest norm on the way, `Unrolled` alone: far above 1, the training is chaotic."""
     status: Array
     """A `Status`, int32: the worst of the solves behind this hypergradient."""
     tasks: Any = None
@@ -222,6 +224,7 @@ def make_info(
     gauss_newton: bool = False,
     margin: Array | None = None,
     growth: Array | None = None,
+    peak_growth: Array | None = None,
 ) -> HypergradInfo:
     """The report, with the worst status of all parts and of what is not finite."""
     nan = jnp.full((), jnp.nan, inner.residual.dtype)
@@ -239,5 +242,6 @@ def make_info(
         gauss_newton=jnp.asarray(gauss_newton),
         margin=nan if margin is None else margin,
         growth=nan if growth is None else growth.astype(nan.dtype),
+        peak_growth=nan if peak_growth is None else peak_growth.astype(nan.dtype),
         status=combine(inner.status, broken, *statuses),
     )

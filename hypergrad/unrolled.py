@@ -19,6 +19,7 @@ from hypergrad.base import (
     make_solver,
 )
 from hypergrad.derivatives import hessian_product
+from hypergrad.watch import Watched, no_peak
 from solvers import AbstractInnerSolver, GradientDescent, Mapping, Status, tree
 from solvers.fields import Number, cast, number, static
 from solvers.loops import fixed_budget, judge, run_steps
@@ -50,8 +51,8 @@ class Unrolled(AbstractEngine):
     `info.error_estimate` says how far it is from the derivative of the converged one.
 
     `levels` is how much is recomputed instead of stored: 1 keeps the state before each of the T steps; 2 about
-    2 sqrt(T) states, for one more forward pass; L about L T^(1/L) states, for L - 1 more. From 256 steps on and
-    L > 1, a few steps whose intermediates are small store them together, and count as one.
+    2 sqrt(T) states, for one more forward pass; L about L T^(1/L) states, for L - 1 more. From 256 steps on, a
+    few steps whose intermediates are small store them together, and count as one.
     `checkpoint=False` stores all intermediates. `memory_budget="2GB"` (or bytes)
     replaces `levels`: before it runs, `hypergradient` or `run` compiles with 1, 2, ... levels and takes the
     first whose memory fits, by XLA's own account; where none does they raise ValueError.
@@ -61,9 +62,16 @@ class Unrolled(AbstractEngine):
     K). `mixture`, an array of K weights, gives `sum_k mixture[k-1] grad_k`, with grad_k that of `truncate=k`
     (`dF/dlam` included in each), in the one backward pass of K steps.
 
-    A derivative of the outer loss in the state that grows by more than `max_growth` on its way
+    `window="random"`: the training ends after n steps, n drawn from `key` uniformly from `truncate`, ..., T, and its
+    last `truncate` steps are differentiated, the start too where they are all. The mean over n is the mean of the
+    truncated derivatives of trainings of all these lengths: biased as each of them is, but no longer
+    towards settings for the end of the training alone. `h.w` is w_n, `info.outer_value` its outer value, and
+    `info.inner.num_steps` n: outer values of two calls are not comparable. It takes `(T + K) / 2` steps on average.
+
+    A derivative of the outer loss in the inner variable that grows by more than `max_growth` anywhere on its way
     back through the steps is DIVERGED: the training is chaotic, and its derivative, though
-    correct, says nothing about any step that is not tiny. `info.growth` is that factor.
+    correct, says nothing about any step that is not tiny. `info.peak_growth` is that factor, and
+    `info.growth` that of the whole way.
 
     Where the problem declares `constants`, `info.bound` bounds the distance from the derivative of the
     converged problem, truncation included: a shift of the inner gradient, common to all steps, has the
@@ -74,7 +82,7 @@ class Unrolled(AbstractEngine):
 
     Cost: about four gradients per differentiated step (levels = 1), one more for each further level.
     Source: Franceschi et al. 2017 (reverse); Shaban et al. 2019 (truncated); Griewank and Walther 2000
-    (checkpoints); Bonnet et al. 2021 (mixtures).
+    (checkpoints); Bonnet et al. 2021 (mixtures); Feng, Vedantam and Kempe 2024 (random windows).
     """
 
     truncate: int | None = static(None, low=1)
@@ -84,6 +92,7 @@ class Unrolled(AbstractEngine):
     mixture: Number | None = number(None)
     max_growth: Number = number(1e6, low=0.0, strict=True)
     estimate: bool | None = static(None)
+    window: str = static("last")
 
     proximal = True
     fixed_points = True
@@ -92,6 +101,14 @@ class Unrolled(AbstractEngine):
     def __check_init__(self) -> None:
         if self.mixture is not None and self.truncate is not None:
             raise ValueError("Unrolled: mixture has its own last K; leave out truncate.")
+        if self.window not in ("last", "random"):
+            raise ValueError(
+                f"{type(self).__name__}(window=...) must be 'last' or 'random', got {self.window!r}."
+            )
+        if self.window == "random" and self.truncate is None:
+            raise ValueError(
+                "Unrolled: window='random' needs the length of the window, truncate=K."
+            )
         if self.memory_budget is not None and not self.checkpoint:
             raise ValueError("Unrolled: memory_budget chooses checkpoints; leave out checkpoint.")
 
@@ -108,9 +125,11 @@ class Unrolled(AbstractEngine):
         if has_prox(problem):
             check_proximal(first_solver)
         total = fixed_budget(first_solver)
-        window = self.truncate if self.mixture is None else jnp.size(self.mixture)
-        tail = total if window is None else min(window, total)
-        head = total - tail
+        length = self.truncate if self.mixture is None else jnp.size(self.mixture)
+        tail = total if length is None else min(length, total)
+        head = total - tail  # steps that are not differentiated
+        drawn = self.window == "random" and head > 0
+        skipped: Any = _drawn(key, head) if drawn else head
         levels = self.levels if self.checkpoint else 0
 
         def begin(lam: Tree) -> Any:
@@ -123,13 +142,20 @@ class Unrolled(AbstractEngine):
             """The first of the differentiated steps: what came before is a constant, settings are not."""
             first, inner_state = prefix
             fresh = make_solver(solver, lam).init(problem.inner_objective(lam), *at_start)
-            return first, jax.tree.map(_where_unchanged, inner_state, fresh)
+            carry = first, jax.tree.map(_where_unchanged, inner_state, fresh)
+            if not drawn:
+                return carry
+            return jax.tree.map(lambda a, b: jnp.where(skipped == 0, a, b), begin(lam), carry)
 
         if head:  # outside the differentiated function
             first, inner_state = begin(lam)
             at_start = first, sampler(0)
             objective = problem.inner_objective(lam)
-            prefix = run_steps(first_solver, objective, first, inner_state, sampler, head)
+            if drawn:
+                one = lambda t, x: first_solver.step(objective, x[0], x[1], sampler(t))
+                prefix = jax.lax.fori_loop(0, skipped, one, (first, inner_state))
+            else:
+                prefix = run_steps(first_solver, objective, first, inner_state, sampler, head)
 
         weights = None if self.mixture is None else _weights(self.mixture, tail)
 
@@ -139,42 +165,54 @@ class Unrolled(AbstractEngine):
             if weights is not None:
                 check_settings("Unrolled(mixture=...)", solver, first_solver, inner_state)
             steps = _Steps(problem, solver, at.lam, at.shift, weights, head)
-            indexed = Sampler(lambda index: (index, sampler(index)), varies=sampler.varies)
+            indexed = Sampler(
+                lambda at: (at[0], sampler.draw(at[1])),
+                varies=sampler.varies,
+                plan=lambda index: (index, index if sampler.plan is None else sampler.plan(index)),
+            )
             first = tree.add(first, at.first)
             w_final, _ = run_steps(
-                cast_type(Any, steps),
+                cast_type(Any, Watched(steps)),
                 cast_type(Any, None),
                 first,
-                inner_state,
+                (inner_state, at.peak),
                 indexed,
                 tail,
-                start=head,
+                start=skipped,
                 levels=levels,
             )
             w_final = tree.add(w_final, at.last)
             return problem.outer(w_final, weigh(-1), outer_batch), w_final
 
         zero = tree.zeros_like(prefix[0] if head else jax.eval_shape(begin, lam)[0])
-        at = _Point(lam, zero, zero, zero if _certified(problem) else None)
+        at = _Point(lam, zero, zero, no_peak(zero), zero if _certified(problem) else None)
         (value, w), by = jax.value_and_grad(unrolled, has_aux=True)(at)
         inner = judge(
             make_solver(solver, lam),
             problem.inner_objective(lam),
             w,
             sampler(0),
-            jnp.int32(total),
+            jnp.int32(skipped + tail),
             jnp.zeros(()),
         )
         c_norm = tree.norm(by.last)
         one = jnp.ones_like(c_norm)
-        growth = tree.norm(by.first) / jnp.where(c_norm > 0, c_norm, one)
-        exploded = where(growth > cast(self.max_growth, growth), Status.DIVERGED)
+        scale = jnp.where(c_norm > 0, c_norm, one)
+        growth, peak_growth = tree.norm(by.first) / scale, by.peak / scale
+        exploded = where(peak_growth > cast(self.max_growth, growth), Status.DIVERGED)
         left = None
         if by.shift is not None:
             image = hessian_product(problem, w, lam, sampler(0))(by.shift)
-            left = tree.norm(tree.sub(image, by.last)) / jnp.where(c_norm > 0, c_norm, one)
+            left = tree.norm(tree.sub(image, by.last)) / scale
         info = make_info(
-            value, inner, by.lam, exploded, adjoint_residual=left, adjoint_steps=tail, growth=growth
+            value,
+            inner,
+            by.lam,
+            exploded,
+            adjoint_residual=left,
+            adjoint_steps=tail,
+            growth=growth,
+            peak_growth=peak_growth,
         )
         return Hypergradient(by.lam, w, info), _State(by.shift)
 
@@ -198,6 +236,8 @@ class _Point(NamedTuple):
     """Added to the first state: its derivative is the adjoint after all steps back."""
     last: Tree
     """Added to the last one: its derivative is dF/dw."""
+    peak: Array
+    """Its derivative is the largest norm of the adjoint on its way."""
     shift: Tree | None
     """Taken off the inner gradient of each step."""
 
@@ -232,6 +272,11 @@ def _shifted(w: Tree, args: tuple[Objective, Tree], batch: Any) -> Array:
     objective, shift = args
     value = objective(w, batch)
     return value - tree.vdot(shift, w).astype(value.dtype)
+
+
+def _drawn(key: Array, high: int) -> Array:
+    """Uniform from 0, ..., `high`."""
+    return jax.random.randint(jax.random.fold_in(key, 8), (), 0, high + 1)
 
 
 def _weights(mixture: Number, num_steps: int) -> Array:

@@ -210,51 +210,82 @@ def run_steps(
     before each step and recomputes what is inside the step. L > 1 also stores states only at blocks of b^(L-1),
     b^(L-2), ..., 1 steps, `b = floor(T^(1/L))`: about `L T^(1/L)` states live at once, for `L - 1` more forward
     passes (Griewank and Walther 2000). T need not be a power: the steps left over are its digits in
-    base b, each of them a scan, so no step is padded. With L > 1 and many steps a "step" here is a unit of a
+    base b, each of them a scan, so no step is padded. With many steps a "step" here is a unit of a
     few (`unit_steps`), whose intermediates are stored together: fewer states, for no more passes.
+
+    Where the sampler has a `plan`, those of a whole block (of all steps where levels < 2) are made at once.
     """
 
-    def step(carry: tuple[Tree, Any], index: Array) -> tuple[tuple[Tree, Any], None]:
+    def by_number(carry: tuple[Tree, Any], index: Array) -> tuple[tuple[Tree, Any], None]:
         w, state = carry
         return solver.step(objective, w, state, sampler(index)), None
 
     carry = (w, state)
+    unit = unit_steps(by_number, carry, num_steps, levels) if levels else 1
+    units = num_steps // unit
+    base, levels = _base(units, levels) if levels else (units, 0)
+    early = _plan_bytes(sampler) * (unit * base if levels > 1 else num_steps) <= PLANS
+    draw = sampler.draw if early else sampler
+
+    def plans(first: Array | int, count: int, unit: int = 1) -> Any:
+        """What `step` needs to know of each of `count` units of steps from `first` on, stacked."""
+        indices = first + jnp.arange(count * unit)
+        known = jax.vmap(sampler.plan)(indices) if early and sampler.plan else indices
+        if unit == 1:
+            return known
+        return jax.tree.map(lambda leaf: leaf.reshape(count, unit, *leaf.shape[1:]), known)
+
+    def step(carry: tuple[Tree, Any], plan: Any) -> tuple[tuple[Tree, Any], None]:
+        w, state = carry
+        return solver.step(objective, w, state, draw(plan)), None
+
     if levels == 0:
-        carry, _ = jax.lax.scan(step, carry, start + jnp.arange(num_steps))
+        carry, _ = jax.lax.scan(step, carry, plans(start, num_steps))
         return carry
 
-    unit = 1 if levels == 1 else unit_steps(step, carry, num_steps, levels)
-    units = num_steps // unit
     single = jax.checkpoint(step, prevent_cse=False)
     together = single
     if unit > 1:
 
-        def run_unit(carry: Any, index: Array) -> Any:
-            return jax.lax.scan(step, carry, index + jnp.arange(unit))
+        def run_unit(carry: Any, plans: Any) -> Any:
+            return jax.lax.scan(step, carry, plans)
 
         together = jax.checkpoint(run_unit, prevent_cse=False)
 
-    base, levels = _base(units, levels)
     # blocks[j] runs base**j units from an index, and stores nothing but where it begins.
-    blocks = [together]
+    blocks: list[Any] = [together]
     for power in range(1, levels):
         offsets = unit * base ** (power - 1) * jnp.arange(base)
 
-        def block(carry: Any, index: Array, inner=blocks[-1], offsets=offsets) -> Any:
-            return jax.lax.scan(inner, carry, index + offsets)
+        def block(carry: Any, index: Array, power=power, offsets=offsets) -> Any:
+            inside = plans(index, base, unit) if power == 1 else index + offsets
+            return jax.lax.scan(blocks[power - 1], carry, inside)
 
         blocks.append(jax.checkpoint(block, prevent_cse=False))
     done = 0
     for power in reversed(range(levels)):
         count = (units - done) // base**power
         if count:
-            indices = start + unit * (done + base**power * jnp.arange(count))
-            carry, _ = jax.lax.scan(blocks[power], carry, indices)
+            first = start + unit * done
+            if power == 0:
+                inside = plans(first, count, unit)
+            else:
+                inside = first + unit * base**power * jnp.arange(count)
+            carry, _ = jax.lax.scan(blocks[power], carry, inside)
         done += count * base**power
     if num_steps % unit:
-        rest = start + unit * units + jnp.arange(num_steps % unit)
-        carry, _ = jax.lax.scan(single, carry, rest)
+        carry, _ = jax.lax.scan(single, carry, plans(start + unit * units, num_steps % unit))
     return carry
+
+
+PLANS = 2**20
+"""Bytes that the plans of steps may take which are made at once: above, each step makes its own."""
+
+
+def _plan_bytes(sampler: Sampler) -> int:
+    if sampler.plan is None:
+        return 0
+    return _num_bytes(jax.eval_shape(sampler.plan, jnp.asarray(0)))
 
 
 def unit_steps(step: Any, carry: Any, num_steps: int, levels: int) -> int:

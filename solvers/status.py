@@ -30,10 +30,12 @@ _ADVICE = {
     Status.DIVERGED: (
         "the iteration moved away from the solution: its step is too long for the largest curvature. "
         "Try a smaller step or learning rate, or 'auto'. When unrolling, the adjoint grew on its way back "
-        "through the steps by more than `max_growth` (`info.growth`): the training is chaotic and its "
-        "derivative no guide; a smaller learning rate, `truncate=K`, or a smoother model helps. With Adam, "
-        "a larger `eps_root` (1e-3, say): where a gradient entry is zero, a step multiplies it by up to "
-        "rate * curvature / sqrt(eps_root). Such entries count even where lam cannot move them: "
+        "through the steps by more than `max_growth` (`info.peak_growth`): the training is chaotic and its "
+        "derivative no guide. Try a smaller learning rate, `truncate=K` with K steps too few to grow in, a "
+        "smoother model (`bilevel.metasmoothness` names what helps), or the engine `ES`, whose smoothed outer "
+        "loss has a derivative that is a guide. With Adam, a larger `eps_root` (1e-3, say): where a gradient "
+        "entry is zero, a step multiplies it by up to rate * curvature / sqrt(eps_root). Such entries count "
+        "even where lam cannot move them: "
         "`max_growth=inf` is right then."
     ),
     Status.BREAKDOWN: (

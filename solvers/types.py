@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import equinox as eqx
+import jax.numpy as jnp
 from jax import Array
 
 Tree = Any
@@ -48,14 +49,17 @@ class Objective(eqx.Module):
 class Sampler(eqx.Module):
     """Batches by step number: `sampler(step) -> batch`.
 
-    `varies` is static and says whether two steps can see different batches.
+    `varies` is static and says whether two steps can see different batches. `plan(step)`, where given, is the
+    small part of the work that is best done for many steps at once (the numbers of random rows), and
+    `draw` takes its result in the place of the step number.
     """
 
-    draw: Callable[[Array], Any]
+    draw: Callable[[Any], Any]
     varies: bool = eqx.field(static=True)
+    plan: Callable[[Array], Any] | None = None
 
     def __call__(self, step: Array | int) -> Any:
-        return self.draw(step)  # type: ignore[arg-type]
+        return self.draw(step if self.plan is None else self.plan(jnp.asarray(step)))
 
 
 class SolveInfo(NamedTuple):

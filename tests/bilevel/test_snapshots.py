@@ -1,5 +1,8 @@
 """REPLAY: the derivative of a training run from the host, its schedule, and what it keeps."""
 
+import functools
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,16 +10,15 @@ import optax
 import pytest
 
 import bilevel as bl
-from bilevel.snapshots import lazy_tree
+from bilevel.snapshots import binomial, lazy_tree
 
 
 def flat(x):
     return np.concatenate([np.asarray(leaf, np.float64).ravel() for leaf in jax.tree.leaves(x)])
 
 
-@pytest.mark.parametrize(("count", "arity"), [(256, 4), (256, 2), (81, 3), (7, 3), (1, 2)])
-def test_the_tree_visits_every_step_backwards_at_its_own_state(count, arity):
-    """States are numbers of steps done. Powers of the arity cost what the docstring says."""
+def counted(schedule, count, size):
+    """Runs forward and the most snapshots at once; states are numbers of steps done."""
     ran, live, most, seen = 0, 0, 0, []
 
     def forward(state, index):
@@ -42,12 +44,42 @@ def test_the_tree_visits_every_step_backwards_at_its_own_state(count, arity):
         return state
 
     last = lambda state: state
-    assert lazy_tree(count, arity, 0, forward, last, back, put, get) == 0
+    assert schedule(count, size, 0, forward, last, back, put, get) == 0
     assert seen == list(range(count))[::-1] and live == 0
+    return ran, most
+
+
+@pytest.mark.parametrize(("count", "arity"), [(256, 4), (256, 2), (81, 3), (7, 3), (1, 2)])
+def test_the_tree_visits_every_step_backwards_at_its_own_state(count, arity):
+    """Powers of the arity cost what the docstring says."""
+    ran, most = counted(lazy_tree, count, arity)
     depth = round(np.log(count) / np.log(arity))
     if arity**depth == count:
         assert ran == count * depth * (arity - 1) // arity + 1  # the last step, for the value
         assert most <= depth * (arity - 1) + 1
+
+
+@functools.cache
+def fewest(steps, snapshots):
+    """Runs forward of the best of all schedules, by dynamic programming over where to put the next snapshot."""
+    if steps == 1:
+        return 0
+    if snapshots == 0:
+        return np.inf
+    cuts = range(1, steps)
+    return min(m + fewest(steps - m, snapshots - 1) + fewest(m, snapshots) for m in cuts)
+
+
+def test_the_binomial_schedule_is_the_best_there_is():
+    for snapshots in (1, 2, 3, 4, 7):
+        for count in range(1, 41):
+            ran, most = counted(binomial, count, snapshots)
+            r = next(r for r in range(count) if math.comb(snapshots + r, snapshots) >= count)
+            formula = r * count - math.comb(snapshots + r, snapshots + 1)
+            assert ran - 1 == formula == fewest(count, snapshots)  # the last step, for the value
+            assert most <= snapshots
+    assert [counted(binomial, 256, s)[0] - 1 for s in (5, 9, 16)] == [1074, 738, 597]
+    assert counted(binomial, 256, 13)[0] < counted(lazy_tree, 256, 4)[0]
 
 
 RNG = np.random.default_rng(0)
@@ -87,11 +119,11 @@ def test_replay_is_unrolled(monkeypatch):
     options = {"solver": adam, "key": jax.random.key(3)}
     expected = bl.hypergradient(problem, LAM, engine=bl.Unrolled(levels=1), **options)
     assert np.all(np.abs(flat(expected.grad)) > 1e-6)
-    for arity in (2, 3):
-        h = bl.replay(problem, LAM, block=4, arity=arity, **options)
+    for schedule in ({"arity": 2}, {"arity": 3}, {"snapshots": 2}):
+        h = bl.replay(problem, LAM, block=4, **schedule, **options)
         np.testing.assert_allclose(flat(h.grad), flat(expected.grad), rtol=1e-10)
         np.testing.assert_allclose(flat(h.w), flat(expected.w), rtol=1e-12)
-        for name in ("outer_value", "growth"):
+        for name in ("outer_value", "growth", "peak_growth"):
             found, there = getattr(h.info, name), getattr(expected.info, name)
             np.testing.assert_allclose(found, there, rtol=1e-10)
     with pytest.raises(bl.BilevelError, match="DIVERGED"):
@@ -101,7 +133,11 @@ def test_replay_is_unrolled(monkeypatch):
 def test_bad_input_is_refused():
     problem = bl.Problem(inner, outer, (X, Y), (X, Y))
     lam = {"decay": LAM["decay"]}
-    for options, error in (({"arity": 1}, ValueError), ({"block": 2.5}, TypeError)):
+    for options, error in (
+        ({"arity": 1}, ValueError),
+        ({"snapshots": 0}, ValueError),
+        ({"block": 2.5}, TypeError),
+    ):
         with pytest.raises(error, match=next(iter(options))):
             bl.replay(problem, lam, W, **options)
     with pytest.raises(ValueError, match="line search"):

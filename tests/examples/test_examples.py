@@ -16,6 +16,7 @@ NAMES = (
     "learn_schedule",
     "online_rates",
     "distill_digits",
+    "choose_data",
 )
 
 
@@ -103,6 +104,15 @@ def test_distill_digits(tmp_path):
     accuracy = run("distill_digits", tmp_path)["test_accuracy"]
     assert accuracy["distilled"] > accuracy["real"] + 0.15
     assert accuracy["distilled"] > accuracy["means"] + 0.02
+
+
+def test_choose_data(tmp_path):
+    found = run("choose_data", tmp_path)
+    accuracy = {name: values[0] for name, values in found["test_accuracy"].items()}
+    assert accuracy["smooth"] > max(accuracy["random"], accuracy["all"], accuracy["rough"]) + 0.03
+    wrong = {name: counts[0][1] for name, counts in found["chosen"].items()}
+    assert wrong["smooth"] < 0.3 * wrong["random"]
+    assert found["smoothness"]["as given"][0] < 0.3 and found["smoothness"]["and tanh"][0] > 0.9
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -38,6 +38,40 @@ def test_the_mean_of_pzobo_is_the_derivative_through_the_steps(seed):
     )
 
 
+def test_pzobo_with_every_estimator():
+    """On all rows none of them has anything to estimate: each step is that of `Plain`, with the same directions.
+
+    SPIDER does so on batches too where it takes all rows each time; Plain does not.
+    """
+    case = problems.make("quadratic")
+
+    def three(estimator, **kwargs):
+        problem = bl.Problem(case.inner, case.outer, case.inner_data, case.outer_data, **kwargs)
+        engine = bl.PZOBO(0.2, 0.5, directions=4, inner_steps=3, estimator=estimator)
+
+        @jax.jit
+        def run(lam, w):
+            def step(carry, key):
+                lam, w, state = carry
+                h, state = engine.step(problem, None, w, lam, state, key)
+                return (lam - 0.1 * h.grad, h.w, state), (h.grad, h.w)
+
+            keys = jax.random.split(jax.random.key(2), 3)
+            state = engine.init(problem, None, w, lam, keys[0])
+            return jax.lax.scan(step, (lam, w, state), keys)[1]
+
+        return run(case.lam, jnp.linspace(-1, 1, case.w.size))
+
+    expected = three(bl.Plain())
+    for estimator in (bl.STORM(0.3), bl.SPIDER(2), bl.SAGA()):
+        for mine, theirs in zip(three(estimator), expected, strict=True):
+            np.testing.assert_allclose(mine, theirs, rtol=1e-9)
+    batches = {"batch_size": (3, 3)}
+    found = three(bl.SPIDER(1), **batches), three(bl.Plain(), **batches)
+    off = [np.max(np.abs(each[0] - expected[0])) for each in found]
+    assert off[0] < 1e-9 < 1e-3 < off[1]
+
+
 START = {"y1": jnp.array([0.3, -0.2]), "y2": jnp.array([0.4, 0.1])}
 
 
@@ -77,6 +111,25 @@ def test_bda_takes_part_of_the_outer_step():
         np.testing.assert_allclose(call(afresh, far, engine).grad, grad, rtol=1e-12)
     with pytest.raises(ValueError, match=r"\[0, 1\]"):
         bl.BDA(weight=1.5)
+
+
+def test_bda_keeps_a_memory_budget():
+    """The first number of levels whose program fits, and the derivative of that many."""
+    solver = bl.GradientDescent(0.1, momentum=0.5, max_steps=300)
+    X = jnp.linspace(-1, 1, 40 * 30).reshape(30, 40)
+    inner = lambda w, lam, batch: 0.5 * jnp.mean((jnp.tanh(X @ w) - 0.3) ** 2) + lam * w @ w
+    outer = lambda w, lam, batch: 0.5 * jnp.mean((jnp.tanh(X @ w) + 0.1) ** 2)
+    args = bl.Problem(inner, outer), 0.1, jnp.full(40, 0.1)
+    call = lambda **kwargs: bl.memory(*args, solver=solver, engine=bl.BDA(weight=0.4, **kwargs))
+    one, two = call(levels=1), call(levels=2)
+    assert two.peak < one.peak
+    for budget, fits in ((one.peak, one), (one.peak - 1, two)):
+        found = call(memory_budget=budget)
+        assert found.engine == fits.engine and found.peak == fits.peak
+    engine = bl.BDA(weight=0.4, memory_budget=one.peak - 1)
+    plain = bl.BDA(weight=0.4, checkpoint=False)
+    grads = [bl.hypergradient(*args, solver=solver, engine=e).grad for e in (engine, plain)]
+    np.testing.assert_allclose(grads[0], grads[1], rtol=1e-10)
 
 
 def test_bda_goes_where_unrolling_does_not():
