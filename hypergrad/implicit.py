@@ -123,7 +123,10 @@ class Implicit(AbstractEngine):
         self, problem: BilevelProblem, solver: Solver, w: Tree, lam: Tree, key: Array
     ) -> "_State":
         batch = problem.inner_sampler(key)(0)
-        inner = make_solver(solver, lam).init(problem.inner_objective(lam), w, batch)
+        at_lam = make_solver(solver, lam)
+        # Other starts ask what the last state knew.
+        begin = at_lam.blank if self.warm_start == "last" else at_lam.init
+        inner = begin(problem.inner_objective(lam), w, batch)
         own = None if self.target is None else accuracy.first(w)
         return _State(inner, tree.zeros_like(w), self._remembered(w), own)
 

@@ -50,7 +50,7 @@ class OneStep(AbstractEngine):
         self, problem: BilevelProblem, solver: Solver, w: Tree, lam: Tree, key: Array
     ) -> "_State":
         batch = problem.inner_sampler(key)(0)
-        return _State(make_solver(solver, lam).init(problem.inner_objective(lam), w, batch))
+        return _State(make_solver(solver, lam).blank(problem.inner_objective(lam), w, batch))
 
     def step(
         self,

@@ -5,6 +5,7 @@ from typing import Any, ClassVar
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 
 from solvers.fields import Number, Settings, number
 from solvers.types import ObjectiveFn, Tree
@@ -52,6 +53,13 @@ class AbstractInnerSolver(Settings):
     def restart(self, objective: ObjectiveFn, w: Tree, state: Any, batch: Any) -> Any:
         """The state for a new objective close to the last one; by default nothing is carried over."""
         return self.init(objective, w, batch)
+
+    def blank(self, objective: ObjectiveFn, w: Tree, batch: Any) -> Any:
+        """What `restart` begins with: zeros where it carries nothing over, so that nothing is measured twice."""
+        if type(self).restart is not AbstractInnerSolver.restart:
+            return self.init(objective, w, batch)
+        shapes = eqx.filter_eval_shape(self.init, objective, w, batch)
+        return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
 
     def settled(self, state: Any) -> "AbstractInnerSolver":
         """The solver with what `state` knows of its own settings (a step length), to judge its result."""
