@@ -190,6 +190,19 @@ def p5b() -> float:
     return max(abs(float(x) - y) for x, y in zip(found, (2.5, -0.5, 3.0), strict=True))
 
 
+def p7(engine, rate, steps: int) -> Callable[[], float]:
+    """Six blocks of quadratics of `tests/problems`, seed 0; relative distance of `lam` from the optimum."""
+
+    def error() -> float:
+        case = problems.make("blocks", 0)
+        problem = bl.Problem(case.inner, case.outer, case.inner_data, case.outer_data)
+        result = run(problem, case.lam, case.w, engine, rate, steps)
+        goal = case.optimum()
+        return float(np.linalg.norm(result.lam - goal) / np.linalg.norm(goal))
+
+    return error
+
+
 def p8() -> float:
     """`f = cosh(3 x) + (y - 1)^2 / 2`, `g = (y - x)^2 / 2`, from x = 4; x* solves 3 sinh(3 x) + x = 1."""
     problem = bl.Problem(

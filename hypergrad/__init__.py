@@ -6,6 +6,7 @@ from hypergrad.bamm import BAMM
 from hypergrad.base import AbstractEngine, BilevelProblem, Hypergradient, HypergradInfo
 from hypergrad.bda import BDA
 from hypergrad.borep import BOREP
+from hypergrad.bsvrb import BSVRB
 from hypergrad.certificate import Constants
 from hypergrad.estimators import EMA, SAGA, SPIDER, STORM, AbstractEstimator, Plain
 from hypergrad.evolution import ES
@@ -33,6 +34,7 @@ __all__ = [
     "BOME",
     "BOREP",
     "BSA",
+    "BSVRB",
     "EMA",
     "ENGINES",
     "ES",

@@ -5,6 +5,7 @@ from hypergrad.bamm import BAMM
 from hypergrad.base import AbstractEngine
 from hypergrad.bda import BDA
 from hypergrad.borep import BOREP
+from hypergrad.bsvrb import BSVRB
 from hypergrad.evolution import ES
 from hypergrad.exact import Exact
 from hypergrad.f2sa import F2SA
@@ -47,6 +48,7 @@ ENGINES: dict[str, type[AbstractEngine]] = {
         SOBA,
         SRBA,
         BOREP,
+        BSVRB,
         PZOBO,
         BDA,
         IAPTT,
