@@ -19,6 +19,7 @@ from hypergrad.implicit import Implicit
 from hypergrad.joint_penalty import BOME, GPBGD, VPBGD
 from hypergrad.lvhba import LVHBA
 from hypergrad.meha import MEHA
+from hypergrad.minimax import CGD, Extragradient
 from hypergrad.moreau import Moreau
 from hypergrad.one_step import OneStep
 from hypergrad.pzobo import PZOBO
@@ -35,6 +36,7 @@ __all__ = [
     "BOREP",
     "BSA",
     "BSVRB",
+    "CGD",
     "EMA",
     "ENGINES",
     "ES",
@@ -63,6 +65,7 @@ __all__ = [
     "BilevelProblem",
     "Constants",
     "Exact",
+    "Extragradient",
     "Forward",
     "HypergradInfo",
     "Hypergradient",

@@ -16,6 +16,7 @@ from hypergrad.implicit import Implicit
 from hypergrad.joint_penalty import BOME, GPBGD, VPBGD
 from hypergrad.lvhba import LVHBA
 from hypergrad.meha import MEHA
+from hypergrad.minimax import CGD, Extragradient
 from hypergrad.moreau import Moreau
 from hypergrad.one_step import OneStep
 from hypergrad.pzobo import PZOBO
@@ -49,6 +50,8 @@ ENGINES: dict[str, type[AbstractEngine]] = {
         SRBA,
         BOREP,
         BSVRB,
+        CGD,
+        Extragradient,
         PZOBO,
         BDA,
         IAPTT,

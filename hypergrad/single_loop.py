@@ -54,7 +54,8 @@ class Move(NamedTuple):
     point: Point
     """New values of some variables, never of `lam`."""
     report: dict[str, Array] = {}  # noqa: RUF012
-    """Some of "residual", "adjoint_residual", "diverged", and "products" where that is not always `cost().hvps`."""
+    """Some of "residual", "adjoint_residual", "diverged", "status" and "solve" (both a `Status`), and "products"
+    where that is not always `cost().hvps`."""
     grad: Tree | None = None
     """The direction for `lam`."""
 
@@ -224,6 +225,7 @@ class AbstractSingleLoop(AbstractEngine):
             grad,
             where((grown > state.limit) | report.get("diverged", False), Status.DIVERGED),
             where(~jnp.isfinite(grown), Status.NONFINITE),
+            *(report[name] for name in ("status", "solve") if name in report),
             adjoint_residual=report.get("adjoint_residual"),
             adjoint_steps=report.get("products", count.hvps),
         )
