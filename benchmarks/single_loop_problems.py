@@ -186,7 +186,8 @@ def p5b() -> float:
     )
     engine = bl.LVHBA(0.05, 20.0)
     result = run(problem, 0.0, 0.0, engine, 0.05 / 20.0, 100_000)
-    found = result.lam, result.w, engine.multipliers(result.state.engine).values["inequality"]
+    assert result.multipliers is not None
+    found = result.lam, result.w, result.multipliers.values["inequality"]
     return max(abs(float(x) - y) for x, y in zip(found, (2.5, -0.5, 3.0), strict=True))
 
 

@@ -190,6 +190,7 @@ def run(
         best=state.best,
         stopped=stopped,
         retries=retrying.used(state),
+        multipliers=engine.multipliers(state.engine),
     )
     if throw and worst != Status.OK:
         raise BilevelError(worst, f"run: outer step {begin + len(history.status) - 1}", result)

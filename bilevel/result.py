@@ -89,15 +89,18 @@ class Result:
     "terminated" (SIGTERM)."""
     retries: int = 0
     """How often a failed step was tried again (`run(retries=...)`); `history.status` says which."""
+    multipliers: Any = None
+    """Of constraints on `w` and `lam` together, after the last step, with the active ones; None without."""
 
     def __repr__(self) -> str:
         steps = len(self.history.outer_value)
         if not steps:
             return f"Result(status={self.status.name}, steps=0)"
+        held = "" if self.multipliers is None else f", multipliers={self.multipliers}"
         return (
             f"Result(status={self.status.name}, steps={steps}, stopped={self.stopped!r}, "
             f"outer_value={float(self.history.outer_value[-1]):.6g}, "
-            f"best={float(self.best.outer_value):.6g} at step {int(self.best.step)})"
+            f"best={float(self.best.outer_value):.6g} at step {int(self.best.step)}{held})"
         )
 
 

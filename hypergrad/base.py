@@ -86,6 +86,8 @@ class HypergradInfo(NamedTuple):
     """A `Status`, int32: the worst of the solves behind this hypergradient."""
     tasks: Any = None
     """Of a mean over tasks: the report of each, stacked."""
+    multipliers: Any = None
+    """`Multipliers` of constraints on `w` and `lam` together, after the step, with the active ones; None without."""
 
 
 class Hypergradient(NamedTuple):
@@ -143,6 +145,10 @@ class AbstractEngine(Settings):
 
     def adjoint(self, state: Any) -> Tree | None:
         """The solution of the adjoint system that the last step found; None where the engine has none."""
+        return None
+
+    def multipliers(self, state: Any) -> Any:
+        """The multipliers of the problem's constraints in a state; None where the engine has none."""
         return None
 
     @classmethod

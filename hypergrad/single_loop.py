@@ -230,6 +230,7 @@ class AbstractSingleLoop(AbstractEngine):
             adjoint_steps=report.get("products", count.hvps),
         )
         after = _State(own, tuple(memory), size, state.limit, state.order, state.count + 1)
+        info = info._replace(multipliers=self.multipliers(after))
         return Hypergradient(grad, w, info), after
 
 
