@@ -8,7 +8,7 @@ from jax import Array
 
 from hypergrad.base import AbstractEngine, BilevelProblem, Hypergradient, Solver, make_info
 from hypergrad.derivatives import hessian_product, outer_value_and_grads
-from hypergrad.single_loop import Cost, relative
+from hypergrad.single_loop import MEASURING, Cost, relative
 from hypergrad.soba import adjoint_products
 from solvers import SolveInfo, Status, tree
 from solvers.fields import Number, cast, number, static
@@ -75,14 +75,15 @@ class BSVRB(AbstractEngine):
                 )
 
     def cost(self, size: int | None = None) -> Cost:
-        """Oracle calls per step, each over the drawn blocks; `size`: entries of one block, for "dense"."""
+        """Oracle calls per step over the drawn blocks (`start_hvps`: over all); `size`: entries of a block, for "dense"."""
+        start = MEASURING if isinstance(self.step_size, str) else 0
         if self.hessian == "linear":
-            return Cost(gradients=4, hvps=2)
+            return Cost(gradients=4, hvps=2, start_hvps=start)
         if size is None:
             raise ValueError(
                 "BSVRB(hessian='dense').cost() needs size=..., the entries of one block."
             )
-        return Cost(gradients=4, hvps=2 * size + 2)
+        return Cost(gradients=4, hvps=2 * size + 2, start_hvps=start)
 
     def init(
         self, problem: BilevelProblem, solver: Solver, w: Tree, lam: Tree, key: Array

@@ -151,7 +151,7 @@ class LVHBA(AbstractSingleLoop):
             Stage(gap, outer_oracles(problem), joint),
         )
 
-    def cost(self) -> Cost:
+    def calls(self) -> Cost:
         return Cost(gradients=4 * self.estimator.evaluations)
 
     def multipliers(self, state: Any) -> Multipliers | None:

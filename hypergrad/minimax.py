@@ -99,7 +99,7 @@ class Extragradient(AbstractMinimax):
             Stage(slope("ahead", "lam_ahead"), outer_ahead, move),
         )
 
-    def cost(self) -> Cost:
+    def calls(self) -> Cost:
         return Cost(gradients=4 * self.estimator.evaluations)
 
 
@@ -167,7 +167,7 @@ class CGD(AbstractMinimax):
 
         return (Stage(inner, outer, move),)
 
-    def cost(self) -> Cost:
+    def calls(self) -> Cost:
         """Without the products of the solve."""
         times = self.estimator.evaluations
         return Cost(gradients=2 * times, hvps=2 * times)

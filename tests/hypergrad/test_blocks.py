@@ -98,7 +98,7 @@ def test_steps_and_solution(hessian, seed):
     assert distance(result.lam, case.optimum()) < 1e-12
     np.testing.assert_allclose(result.w, case.solution(case.optimum()), atol=1e-10)
     hvps = 2 if hessian == "linear" else 10
-    assert whole.cost(4) == (4, hvps) and set(result.history.adjoint_steps) == {hvps}
+    assert whole.cost(4)[:2] == (4, hvps) and set(result.history.adjoint_steps) == {hvps}
     far = run(problem, case, dataclasses.replace(engine, step_size=jnp.asarray(50.0)), 40)
     assert far.status == bl.Status.DIVERGED
 
