@@ -75,7 +75,7 @@ class BSVRB(AbstractEngine):
                 )
 
     def cost(self, size: int | None = None) -> Cost:
-        """Oracle calls per step over the drawn blocks (`start_hvps`: over all); `size`: entries of a block, for "dense"."""
+        """Oracle calls per step, over the drawn blocks (`start_hvps`: all); `size`: entries of a block ("dense")."""
         start = MEASURING if isinstance(self.step_size, str) else 0
         if self.hessian == "linear":
             return Cost(gradients=4, hvps=2, start_hvps=start)
