@@ -51,7 +51,8 @@ class Extragradient(AbstractMinimax):
 
     `w' = w - s dg/dw`, `lam' = P(lam - r dF/dlam)` at `(w, lam)`, P the problem's `outer_projection`; then
     `w -= s dg/dw(w', lam')`, `grad = dF/dlam(w', lam')`. `outer_step` is r, None for s: give the outer rule
-    `optax.sgd` the same. Two time scales where r is much smaller than s.
+    `optax.sgd` the same. Two time scales where r is much smaller than s. With a `transform`, lam' is still a step
+    on the natural scale.
 
     Class: `inner = -outer`; convex in `lam` and concave in `w`, also bilinear, with `s, r < 1 / L`, L the largest
     mixed or own curvature; else a small r. With noise the steps decay.
