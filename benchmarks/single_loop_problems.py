@@ -186,8 +186,22 @@ def p5b() -> float:
     )
     engine = bl.LVHBA(0.05, 20.0)
     result = run(problem, 0.0, 0.0, engine, 0.05 / 20.0, 100_000)
-    found = result.lam, result.w, engine.multipliers(result.state.engine).values["inequality"]
+    assert result.multipliers is not None
+    found = result.lam, result.w, result.multipliers.values["inequality"]
     return max(abs(float(x) - y) for x, y in zip(found, (2.5, -0.5, 3.0), strict=True))
+
+
+def p7(engine, rate, steps: int) -> Callable[[], float]:
+    """Six blocks of quadratics of `tests/problems`, seed 0; relative distance of `lam` from the optimum."""
+
+    def error() -> float:
+        case = problems.make("blocks", 0)
+        problem = bl.Problem(case.inner, case.outer, case.inner_data, case.outer_data)
+        result = run(problem, case.lam, case.w, engine, rate, steps)
+        goal = case.optimum()
+        return float(np.linalg.norm(result.lam - goal) / np.linalg.norm(goal))
+
+    return error
 
 
 def p8() -> float:

@@ -29,6 +29,7 @@ from single_loop_problems import (
     p2_itd,
     p5a,
     p5b,
+    p7,
     p8,
     p9,
     plain_f2sa,
@@ -198,6 +199,21 @@ ROWS: dict[str, Row] = {
         3.5e-2,
         p1(bl.PZOBO(0.4, 0.1, inner_steps=20), power(0.2, 0.5, 100), 5000),
         "T=20, mu=.1, inner step .4, rate .2 falling by k^-.5 from k=100",
+    ),
+    "BSVRB v2 on P7": Row(
+        "B1=M, eta=.01, tau=.1, 2e4", 4e-15, p7(bl.BSVRB(0.1), 0.01, 20_000), "M=6, p=4, rates .1"
+    ),
+    "BSVRB v1 on P7": Row(
+        "as v2, which has the figure",
+        4e-15,
+        p7(bl.BSVRB(0.1, hessian="dense"), 0.01, 20_000),
+        "M=6, p=4, rates .1",
+    ),
+    "BSVRB v2 on P7, two blocks": Row(
+        "noise of draws, b_k ~ k^-2/3, 2e4; figure is its floor at b=.001",
+        3e-2,
+        p7(bl.BSVRB(0.05, blocks=2, outer_rate=power(0.1, 2 / 3)), 0.01, 20_000),
+        "M=6, eta=.01, tau=.05",
     ),
     "BO-REP on P8": Row("eta=.005, 4000", 1.3e-3, p8, "inner and adjoint steps .5, I=2, N=3"),
     "LV-HBA on P5b": Row("c=20, 1e5", 1e-4, p5b, "g1=g2=2, steps .05, with the multiplier"),

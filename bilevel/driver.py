@@ -177,7 +177,9 @@ def run(
 
     end: RunState = saved.state
     lam = outer_steps.point(rule, scales, end._replace(w=None, engine=None, best=None))
-    result = finished(lam, end, join(saved.history, empty), stopped, retrying.used(end))
+    result = finished(
+        engine, lam, end, join(saved.history, empty), stopped, retries=retrying.used(end)
+    )
     if throw and result.status != Status.OK:
         last = saved.begin + len(result.history.status) - 1
         raise BilevelError(result.status, f"run: outer step {last}", result)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from hypergrad import HypergradInfo
+from hypergrad import AbstractEngine, HypergradInfo
 from hypergrad.base import Hypergradient
 from solvers import Status, tree
 from solvers.status import explain
@@ -98,15 +98,18 @@ class Result:
     (Ctrl-C) or "terminated" (SIGTERM)."""
     retries: int = 0
     """How often a failed step was tried again (`run(retries=...)`); `history.status` says which."""
+    multipliers: Any = None
+    """Of constraints on `w` and `lam` together, after the last step, with the active ones; None without."""
 
     def __repr__(self) -> str:
         steps = len(self.history.outer_value)
         if not steps:
             return f"Result(status={self.status.name}, steps=0)"
+        held = "" if self.multipliers is None else f", multipliers={self.multipliers}"
         return (
             f"Result(status={self.status.name}, steps={steps}, stopped={self.stopped!r}, "
             f"outer_value={float(self.history.outer_value[-1]):.6g}, "
-            f"best={float(self.best.outer_value):.6g} at step {int(self.best.step)})"
+            f"best={float(self.best.outer_value):.6g} at step {int(self.best.step)}{held})"
         )
 
 
@@ -135,7 +138,12 @@ def join(pieces: Sequence[History], empty: History) -> History:
 
 
 def finished(
-    lam: Tree, state: RunState, history: History, stopped: str, retries: int = 0
+    engine: AbstractEngine,
+    lam: Tree,
+    state: RunState,
+    history: History,
+    stopped: str,
+    retries: int = 0,
 ) -> Result:
     """The result of a run that ended at this state: its worst status, or else that of its last step."""
     worst = int(state.worst)
@@ -150,6 +158,7 @@ def finished(
         best=state.best,
         stopped=stopped,
         retries=retries,
+        multipliers=engine.multipliers(state.engine),
     )
 
 

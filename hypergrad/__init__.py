@@ -6,6 +6,7 @@ from hypergrad.bamm import BAMM
 from hypergrad.base import AbstractEngine, BilevelProblem, Hypergradient, HypergradInfo
 from hypergrad.bda import BDA
 from hypergrad.borep import BOREP
+from hypergrad.bsvrb import BSVRB
 from hypergrad.certificate import Constants
 from hypergrad.estimators import EMA, SAGA, SPIDER, STORM, AbstractEstimator, Plain
 from hypergrad.evolution import ES
@@ -18,6 +19,7 @@ from hypergrad.implicit import Implicit
 from hypergrad.joint_penalty import BOME, GPBGD, VPBGD
 from hypergrad.lvhba import LVHBA
 from hypergrad.meha import MEHA
+from hypergrad.minimax import CGD, Extragradient
 from hypergrad.moreau import Moreau
 from hypergrad.one_step import OneStep
 from hypergrad.pzobo import PZOBO
@@ -33,6 +35,8 @@ __all__ = [
     "BOME",
     "BOREP",
     "BSA",
+    "BSVRB",
+    "CGD",
     "EMA",
     "ENGINES",
     "ES",
@@ -61,6 +65,7 @@ __all__ = [
     "BilevelProblem",
     "Constants",
     "Exact",
+    "Extragradient",
     "Forward",
     "HypergradInfo",
     "Hypergradient",

@@ -59,7 +59,7 @@ class AbstractAmIGO(AbstractSingleLoop):
             Stage(products, outer, direct),
         )
 
-    def cost(self) -> Cost:
+    def calls(self) -> Cost:
         times, Q = self.estimator.evaluations, self.adjoint_steps
         return Cost(gradients=(self.inner_steps + Q + 1) * times, hvps=(Q + 1) * times)
 

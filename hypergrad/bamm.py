@@ -74,6 +74,6 @@ class BAMM(AbstractSingleLoop):
 
         return (Stage(inner, outer, move),)
 
-    def cost(self) -> Cost:
+    def calls(self) -> Cost:
         times = self.estimator.evaluations
         return Cost(gradients=2 * times, hvps=2 * times)

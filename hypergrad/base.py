@@ -95,6 +95,8 @@ class HypergradInfo(NamedTuple):
     """Of a mean over tasks: inner steps of all lanes, idle or not, int32; `inner.num_steps` are the useful ones."""
     drawn: Any = None
     """Of a mean over tasks that were drawn: their `numbers`, and the `factors` that each counts with."""
+    multipliers: Any = None
+    """`Multipliers` of constraints on `w` and `lam` together, after the step, with the active ones; None without."""
 
 
 class Hypergradient(NamedTuple):
@@ -156,6 +158,9 @@ class AbstractEngine(Settings):
 
     def inner_tol(self, state: Any) -> Array | None:
         """The tolerance of the next inner solve, where the engine sets it; None leaves it to the solver."""
+
+    def multipliers(self, state: Any) -> Any:
+        """The multipliers of the problem's constraints in a state; None where the engine has none."""
         return None
 
     @classmethod

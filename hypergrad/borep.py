@@ -85,7 +85,7 @@ class BOREP(AbstractSingleLoop):
             Stage(products, outer, direct),
         )
 
-    def cost(self) -> Cost:
+    def calls(self) -> Cost:
         """Of a step with most steps on `w`; the history has what each took."""
         steps = max(self.inner_steps, self.refine_steps)
         times = self.estimator.evaluations

@@ -93,7 +93,7 @@ class F3SA(AbstractSingleLoop):
         gap, outer_lam = value_gap(problem, two), outer_slope(problem)
         return Stage(both, outer_y, move, self.inner_steps), Stage(gap, outer_lam, direct)
 
-    def cost(self) -> Cost:
+    def calls(self) -> Cost:
         return Cost(gradients=(3 * self.inner_steps + 3) * self.estimator.evaluations)
 
 

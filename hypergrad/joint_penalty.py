@@ -53,7 +53,7 @@ class VPBGD(AbstractSingleLoop):
         descent = _descent(problem, "w", size, self.inner_steps)
         return descent, Stage(_gap(problem), outer_oracles(problem, "y"), move)
 
-    def cost(self) -> Cost:
+    def calls(self) -> Cost:
         return Cost(gradients=(self.inner_steps + 5) * self.estimator.evaluations)
 
 
@@ -97,7 +97,7 @@ class GPBGD(AbstractSingleLoop):
 
         return (Stage(inner, outer_oracles(problem), move),)
 
-    def cost(self) -> Cost:
+    def calls(self) -> Cost:
         times = self.estimator.evaluations
         return Cost(gradients=3 * times, hvps=times)
 
@@ -140,7 +140,7 @@ class BOME(AbstractSingleLoop):
         descent = _descent(problem, "w", size, self.inner_steps)
         return descent, Stage(_gap(problem), outer_oracles(problem, "y"), move)
 
-    def cost(self) -> Cost:
+    def calls(self) -> Cost:
         return Cost(gradients=(self.inner_steps + 5) * self.estimator.evaluations)
 
 

@@ -5,7 +5,9 @@ from typing import Any, NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
+from jax.core import Tracer
 
 from hypergrad.base import BilevelProblem, constraints
 from hypergrad.estimators import AbstractEstimator, Oracles, Plain, Point
@@ -15,6 +17,9 @@ from solvers import tree
 from solvers.fields import Number, cast, number, static
 from solvers.types import Tree
 
+SHOWN = 8
+"""Active constraints that are printed by name."""
+
 
 class Multipliers(NamedTuple):
     """Of the inner problem's constraints, by "inequality" and "equality" (of those that there are)."""
@@ -22,6 +27,27 @@ class Multipliers(NamedTuple):
     values: dict[str, Tree]
     active: dict[str, Tree]
     """Which constraints hold with equality; of inequalities, those with a multiplier above 0."""
+
+    def __repr__(self) -> str:
+        """Active constraints by name with their multipliers, and how many are not active."""
+        if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(self.values)):
+            return f"Multipliers(values={self.values})"
+        found, idle = [], 0
+        held = jax.tree.leaves(self.active)
+        for (path, leaf), active in zip(
+            jax.tree_util.tree_flatten_with_path(self.values)[0], held, strict=True
+        ):
+            name = path[0].key + jax.tree_util.keystr(path[1:])
+            for index in np.ndindex(leaf.shape):
+                if not active[index]:
+                    idle += 1
+                    continue
+                place = "".join(f"[{i}]" for i in index)
+                found.append(f"{name}{place}={float(leaf[index]):.6g}")
+        more = f", and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
+        return (
+            f"Multipliers(active: {', '.join(found[:SHOWN]) or 'none'}{more}; not active: {idle})"
+        )
 
 
 class LVHBA(AbstractSingleLoop):
@@ -39,8 +65,9 @@ class LVHBA(AbstractSingleLoop):
 
     `grad` is `c (lam - lam+) / s`, so the outer rule `optax.sgd(s / c)` is the paper's step and ends on the
     constraints; other rules have the same fixed points. `c` may be a schedule, in the paper `c0 (k + 1)^p`, p < 1/2.
-    `theta_step=None` and `zeta_step=None` are s. `engine.multipliers(result.state.engine)` gives multipliers
-    and active set. A multiplier that reaches `limit` is DIVERGED: too small a limit ends elsewhere.
+    `theta_step=None` and `zeta_step=None` are s. `info.multipliers` and `result.multipliers` are the multipliers and
+    the active set, None without constraints. A multiplier that reaches `limit` is DIVERGED: too small a limit ends
+    elsewhere.
 
     Class: inner loss and constraints smooth and convex, the projection at hand. Bias O(1/c), none where
     active inequalities alone fix `w`. Without constraints it is a `MEHA` with one step for `w` and `lam`.
@@ -124,12 +151,14 @@ class LVHBA(AbstractSingleLoop):
             Stage(gap, outer_oracles(problem), joint),
         )
 
-    def cost(self) -> Cost:
+    def calls(self) -> Cost:
         return Cost(gradients=4 * self.estimator.evaluations)
 
-    def multipliers(self, state: Any) -> Multipliers:
-        """The multipliers in a state of this engine, `result.state.engine`, and the active set."""
+    def multipliers(self, state: Any) -> Multipliers | None:
+        """The multipliers in a state of this engine, and the active set; None without constraints."""
         values = state.own["m"]
+        if not values:
+            return None
         active = {
             name: jax.tree.map(lambda leaf, name=name: (leaf > 0) | (name == "equality"), m)
             for name, m in values.items()

@@ -109,5 +109,5 @@ class MEHA(AbstractSingleLoop):
             Stage(value_gap(problem), outer_slope(problem), direct),
         )
 
-    def cost(self) -> Cost:
+    def calls(self) -> Cost:
         return Cost(gradients=6 * self.estimator.evaluations)

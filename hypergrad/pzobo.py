@@ -78,7 +78,7 @@ class PZOBO(AbstractSingleLoop):
             Stage(nothing, outer_oracles(problem), direct),
         )
 
-    def cost(self) -> Cost:
+    def calls(self) -> Cost:
         times = self.estimator.evaluations
         return Cost(gradients=(self.inner_steps * (self.directions + 1) + 1) * times)
 

@@ -5,6 +5,7 @@ from hypergrad.bamm import BAMM
 from hypergrad.base import AbstractEngine
 from hypergrad.bda import BDA
 from hypergrad.borep import BOREP
+from hypergrad.bsvrb import BSVRB
 from hypergrad.evolution import ES
 from hypergrad.exact import Exact
 from hypergrad.f2sa import F2SA
@@ -15,6 +16,7 @@ from hypergrad.implicit import Implicit
 from hypergrad.joint_penalty import BOME, GPBGD, VPBGD
 from hypergrad.lvhba import LVHBA
 from hypergrad.meha import MEHA
+from hypergrad.minimax import CGD, Extragradient
 from hypergrad.moreau import Moreau
 from hypergrad.one_step import OneStep
 from hypergrad.pzobo import PZOBO
@@ -47,6 +49,9 @@ ENGINES: dict[str, type[AbstractEngine]] = {
         SOBA,
         SRBA,
         BOREP,
+        BSVRB,
+        CGD,
+        Extragradient,
         PZOBO,
         BDA,
         IAPTT,

@@ -101,7 +101,7 @@ class AbstractSeries(AbstractSingleLoop):
             return self.terms - 1, False
         return (batch.bits % jnp.uint32(self.terms)).astype(jnp.int32), True
 
-    def cost(self) -> Cost:
+    def calls(self) -> Cost:
         """With `drawn`, the most that a step may take; the history has what it took."""
         times = self.estimator.evaluations
         if self.together:
@@ -198,7 +198,7 @@ class VRBO(AbstractSeries):
     `lam` differences against the old one, as in the paper.
 
     Class: smooth inner problems, strongly convex, finite data; constant steps.
-    Cost per step: `4 T` gradients and `2 T Q` Hessian-vector products, beside the passes. Memory as `MRBO`.
+    Cost per step: `4 T` gradients and `2 T Q` Hessian-vector products; the passes are in `cost()`. Memory as `MRBO`.
     Source: Yang, Ji and Liang 2021.
     """
 
@@ -214,3 +214,6 @@ class VRBO(AbstractSeries):
 
     def _terms(self, batch: Both) -> tuple[Array | int, bool]:
         return (self.whole_terms if batch.whole else self.terms) - 1, False
+
+    def calls(self) -> Cost:
+        return super().calls()._replace(pass_hvps=self.whole_terms * self.inner_steps)

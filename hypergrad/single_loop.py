@@ -29,6 +29,10 @@ DIRECTIONS = 1 << 20
 """Folded into a step's key for what stages draw themselves; batches have small numbers."""
 
 
+MEASURING = 12
+"""Hessian-vector products for a step size "auto"."""
+
+
 class Stage(NamedTuple):
     """One move of a cycle."""
 
@@ -54,7 +58,8 @@ class Move(NamedTuple):
     point: Point
     """New values of some variables, never of `lam`."""
     report: dict[str, Array] = {}  # noqa: RUF012
-    """Some of "residual", "adjoint_residual", "diverged", and "products" where that is not always `cost().hvps`."""
+    """Some of "residual", "adjoint_residual", "diverged", "status" and "solve" (both a `Status`), and "products"
+    where that is not always `cost().hvps`."""
     grad: Tree | None = None
     """The direction for `lam`."""
 
@@ -65,6 +70,14 @@ class Cost(NamedTuple):
     gradients: int = 0
     hvps: int = 0
     """Hessian-vector products, with the cross derivative that comes along."""
+    passes: float = 0.0
+    """The share of turns that take all rows of both levels in the place of batches (SPIDER, from the first on)."""
+    pass_gradients: int = 0
+    """What replaces `gradients` where every turn of a step is such a turn: each is over all rows."""
+    pass_hvps: int = 0
+    """What replaces `hvps` there."""
+    start_hvps: int = 0
+    """Once before the first step, on one batch: to measure the step size "auto". Tables start at zero, at no cost."""
 
 
 class AbstractSingleLoop(AbstractEngine):
@@ -75,7 +88,8 @@ class AbstractSingleLoop(AbstractEngine):
 
     `info` is of the batch and of the point at which the direction was taken: `outer_value`, `inner.value`;
     `inner.residual` is the norm of the estimated inner gradient, `inner.num_steps` counts the gradients and
-    `adjoint_steps` the Hessian-vector products of the step (`cost()`).
+    `adjoint_steps` the Hessian-vector products of the step on batches; a step with a turn over all rows has the same
+    numbers there, and `cost()` says what such turns take.
     """
 
     step_size: eqx.AbstractVar[Number | str]
@@ -115,8 +129,23 @@ class AbstractSingleLoop(AbstractEngine):
         """The cycle; `size` is the step size, a scalar of the accumulation dtype."""
 
     @abc.abstractmethod
+    def calls(self) -> Cost:
+        """Oracle calls per outer step, where no turn takes all rows."""
+
     def cost(self) -> Cost:
-        """Oracle calls per outer step."""
+        """Oracle calls per outer step: `(1 - passes)` of `gradients` and `hvps`, each over a batch, and `passes` of
+        `pass_gradients` and `pass_hvps`, each over all rows."""
+        calls = self.calls()
+        period, times = getattr(self.estimator, "period", None), self.estimator.evaluations
+        start = MEASURING if isinstance(self.step_size, str) else 0
+        if period is None:
+            return calls._replace(pass_hvps=0, start_hvps=start)
+        return calls._replace(
+            passes=1 / period,
+            pass_gradients=calls.gradients // times,
+            pass_hvps=calls.pass_hvps or calls.hvps // times,
+            start_hvps=start,
+        )
 
     def init(
         self, problem: BilevelProblem, solver: Solver, w: Tree, lam: Tree, key: Array
@@ -214,7 +243,7 @@ class AbstractSingleLoop(AbstractEngine):
         w = point["w"]
         own = {name: point[name] for name in state.own}
         grad = report["grad"]
-        count, residual = self.cost(), report["residual"]
+        count, residual = self.calls(), report["residual"]
         status = where(~jnp.isfinite(report["inner_value"]), Status.NONFINITE)
         inner = SolveInfo(report["inner_value"], residual, count.gradients - missed, status)
         grown = tree.norm(own | {"w": w})
@@ -224,10 +253,12 @@ class AbstractSingleLoop(AbstractEngine):
             grad,
             where((grown > state.limit) | report.get("diverged", False), Status.DIVERGED),
             where(~jnp.isfinite(grown), Status.NONFINITE),
+            *(report[name] for name in ("status", "solve") if name in report),
             adjoint_residual=report.get("adjoint_residual"),
             adjoint_steps=report.get("products", count.hvps),
         )
         after = _State(own, tuple(memory), size, state.limit, state.order, state.count + 1)
+        info = info._replace(multipliers=self.multipliers(after))
         return Hypergradient(grad, w, info), after
 
 

@@ -49,7 +49,7 @@ class AbstractSOBA(AbstractSingleLoop):
 
         return (Stage(inner, outer_oracles(problem), move, self.inner_steps),)
 
-    def cost(self) -> Cost:
+    def calls(self) -> Cost:
         times = self.inner_steps * self.estimator.evaluations
         return Cost(gradients=2 * times, hvps=times)
 
@@ -95,7 +95,7 @@ class SRBA(AbstractSOBA):
     """SOBA with SPIDER: all rows every `period` steps, differences on batches between.
 
     Class and source as `SOBA`; Dagreou, Moreau, Vaiter and Ablin 2024. Constant steps.
-    Cost per step: twice that of `SOBA`; every `period` steps instead one pass over all rows.
+    Cost per step: twice that of `SOBA`; every `period` steps instead one pass over all rows (`cost()` has both).
     Memory: two copies of every oracle and variable.
     """
 

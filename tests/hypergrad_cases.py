@@ -78,3 +78,7 @@ RANDOM = {"es": bl.ES(), "pes": bl.ES(persistent=True)}
 """Engines whose result is noise around a gradient; they have tests of their own."""
 INNER_STEPS = (bl.BDA(), bl.IAPTT())
 """Engines whose steps lead elsewhere than to the inner solution of a strongly convex problem; tested by hand."""
+BLOCKS = (bl.BSVRB(),)
+"""Engines for problems of many blocks, with tests of their own."""
+MINIMAX = (bl.CGD(), bl.Extragradient())
+"""Engines for an inner loss that is minus the outer one, with tests of their own."""

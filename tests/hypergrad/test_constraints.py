@@ -2,12 +2,14 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
 import bilevel as bl
+from hypergrad.lvhba import Multipliers
 
 
 def halfspace(w, lam):
@@ -57,9 +59,18 @@ def test_an_active_inequality():
     """P5b, and what a limit below the multiplier does: it is said, not taken for a solution."""
     result = go(20_000)
     np.testing.assert_allclose([result.lam, result.w], [2.5, -0.5], atol=1e-8)
-    multipliers = ENGINE.multipliers(result.state.engine)
+    multipliers = result.multipliers
     np.testing.assert_allclose(multipliers.values["inequality"], [3.0, 0.0], atol=1e-8)
     assert list(multipliers.active["inequality"]) == [True, False]
+    assert "multipliers=Multipliers(active: inequality[0]=3; not active: 1)" in repr(result)
+    state, key = result.state, jax.random.key(0)
+    step = jax.jit(lambda *at: ENGINE.step(P5B, None, *at, key))
+    h, after = step(result.w, result.lam, go(4).state.engine)
+    moved = ENGINE.multipliers(after).values["inequality"]  # not those before the step
+    np.testing.assert_array_equal(h.info.multipliers.values["inequality"], moved)
+    h, _ = step(result.w, result.lam, state.engine)
+    np.testing.assert_allclose(h.info.multipliers.values["inequality"], [3.0, 0.0], atol=1e-8)
+    assert "active: inequality[0]=3; not active: 1)" in repr(h.info)
     low = dataclasses.replace(ENGINE, limit=jnp.asarray(2.0))
     assert go(2000, low, throw=False).status == bl.Status.DIVERGED
 
@@ -102,9 +113,28 @@ def test_a_coupled_equality():
     np.testing.assert_allclose(result.lam, x, atol=1e-8)
     np.testing.assert_allclose([result.w["y1"][0], result.w["y2"][0]], [y1, y2], atol=1e-8)
     np.testing.assert_allclose([x, y1, y2, m], [-0.3, 0.7, -0.4, -1.0], atol=0.04)  # P5a itself
-    multipliers = engine.multipliers(result.state.engine)
+    multipliers = result.multipliers
     np.testing.assert_allclose(multipliers.values["equality"], m, atol=1e-8)
     assert bool(multipliers.active["equality"])
+    assert repr(multipliers) == f"Multipliers(active: equality={m:.6g}; not active: 0)"
+
+
+def test_multipliers_by_name():
+    """At zero nothing is active; names of a tree of constraints; a long list is cut; none without constraints."""
+    start = lambda problem, w: ENGINE.multipliers(
+        ENGINE.init(problem, None, w, jnp.asarray(2.0), jax.random.key(0))
+    )
+    tree = lambda w, lam: {"a": w - lam, "b": jnp.stack([lam, w])[None]}
+    at = start(dataclasses.replace(P5B, inequality=tree), jnp.asarray(0.0))
+    assert repr(at) == "Multipliers(active: none; not active: 3)"
+    raised = Multipliers({"inequality": {"a": np.ones(()), "b": np.arange(12.0).reshape(1, 12)}}, {
+        "inequality": {"a": np.ones((), bool), "b": np.arange(12).reshape(1, 12) > 0}
+    })  # fmt: skip
+    shown = repr(raised)
+    assert "inequality['a']=1, inequality['b'][0][1]=1, " in shown
+    assert shown.endswith("[0][7]=7, and 4 more; not active: 1)")
+    free = dataclasses.replace(P5B, inequality=None)
+    assert start(free, jnp.asarray(0.0)) is None
 
 
 def test_refusals():

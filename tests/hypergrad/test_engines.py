@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import problems
 import pytest
-from hypergrad_cases import CASES, EXACT_LBFGS, INNER_STEPS, RANDOM, SINGLE_LOOP
+from hypergrad_cases import BLOCKS, CASES, EXACT_LBFGS, INNER_STEPS, MINIMAX, RANDOM, SINGLE_LOOP
 
 import bilevel as bl
 from hypergrad.estimate import assess
@@ -38,7 +38,7 @@ def lean(name):
 
 def test_every_registered_engine_has_a_case():
     engines = [case.engine for case in CASES.values()]
-    engines += [*SINGLE_LOOP.values(), *RANDOM.values(), *INNER_STEPS]
+    engines += [*SINGLE_LOOP.values(), *RANDOM.values(), *INNER_STEPS, *BLOCKS, *MINIMAX]
     # Of TTSA and MRBO, by one attribute that the others have a case for.
     variants = {"bsa", "sustain"}
     assert {type(engine).__name__.lower() for engine in engines} | variants == set(ENGINES)

@@ -72,6 +72,8 @@ def test_engines_are_refused_that_need_second_derivatives_and_no_others(name):
         ValueError, match=f"second_order=False, and {cls.__name__} needs .* Use F2SA"
     ):
         call()
+    if cls is bl.CGD:  # takes the outer loss's mixed derivative, and this one has none
+        return
     with pytest.raises((ValueError, TypeError), match=MISSING):
         traced(engine, solver)
 

@@ -27,6 +27,16 @@ NUMBERS |= {
     bl.FSLA: NUMBERS[bl.SOBA],
     **dict.fromkeys((bl.TTSA, bl.BSA, bl.MRBO, bl.SUSTAIN, bl.VRBO), NUMBERS[bl.SOBA]),
     bl.BOREP: {**NUMBERS[bl.SOBA], "radius": (0.5, 0.6)},
+    bl.BSVRB: {
+        "step_size": (0.1, 0.2),
+        "adjoint_step": (0.1, 0.2),
+        "rate": (0.1, 0.2),
+        "outer_rate": (0.1, 0.2),
+        "correction": (1.0, 2.0),
+        "floor": (1e-3, 1e-2),
+    },
+    bl.CGD: {"step_size": (0.1, 0.2), "outer_step": (0.1, 0.2)},
+    bl.Extragradient: {"step_size": (0.1, 0.2), "outer_step": (0.1, 0.2)},
     bl.VPBGD: {"step_size": (0.2, 0.3), "penalty": (5.0, 6.0), "outer_step": (0.1, 0.2)},
     bl.GPBGD: {"step_size": (0.01, 0.02), "penalty": (5.0, 6.0)},
     bl.BOME: {"step_size": (0.2, 0.3), "eta": (0.5, 0.6), "outer_step": (0.1, 0.2)},
@@ -134,7 +144,7 @@ def setup_of(cls, which):
 @pytest.mark.parametrize("cls", NUMBERS, ids=lambda cls: cls.__name__)
 def test_numbers_lam_and_data_trace_once(cls, seed, count_traces):
     """A call at one set of numbers, lam, start and data, then others: by loop, and by vmap."""
-    case = problems.make("quadratic", seed)
+    case = problems.make("blocks" if cls is bl.BSVRB else "quadratic", seed)
     inner, outer = count_traces(case.inner), count_traces(case.outer)
 
     if cls is bl.FixedPoint:
@@ -166,6 +176,8 @@ def test_numbers_lam_and_data_trace_once(cls, seed, count_traces):
         bl.STORM,
         bl.BAMM,  # its rate says nothing without noise
         bl.IAPTT,  # its start has not moved yet
+        bl.BSVRB,  # nor has its adjoint
+        bl.CGD,  # the outer loss has no mixed derivative
     }
     if issubclass(cls, bl.AbstractEngine | bl.AbstractEstimator) and cls not in exact:
         assert not np.allclose(loop[0], loop[1], rtol=1e-6)

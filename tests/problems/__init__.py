@@ -15,6 +15,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from problems.blocks import make_blocks
 from problems.classification import make_logistic, make_softmax
 from problems.judged import JUDGED, Judged
 from problems.judged import make_judged as draw_judged
@@ -29,6 +30,7 @@ FACTORIES: dict[str, Callable[..., Any]] = {
     "weighted_ridge": make_weighted_ridge,
     "logistic": make_logistic,
     "softmax": make_softmax,
+    "blocks": make_blocks,
 }
 
 
