@@ -189,7 +189,7 @@ def run_population(
         rows = jax.tree.map(lambda leaf, i=i, n=int(state.step): leaf[:n, i], history)
         why = "status" if int(state.worst) > Status.MAX_STEPS else "hopeless"
         lam = outer_steps.point(rule, scales, state)
-        members.append(finished(engine, lam, state, rows, stopped if end.active[i] else why))
+        members.append(finished(first.engine, lam, state, rows, stopped if end.active[i] else why))
     best = int(np.argmin([float(member.best.outer_value) for member in members]))
     found = Population(members, best)
     if throw and all(member.status > Status.MAX_STEPS for member in members):
