@@ -44,8 +44,9 @@ class Table:
 def load_table(source: str, target: str | None, trusted: str | None = None) -> Table:
     """The table behind a path or a bundled name, checked; raises `InputError`.
 
-    The target of a directory of IDX files is `target`, as that of a bundled set. `trusted` names a column that is no feature but marks rows. A bundled name wins over a file of that
-    name (write `./digits` for the file).
+    The target of a directory of IDX files is `target`, as that of a bundled set. `trusted` names a column
+    that is no feature but marks rows. A bundled name wins over a file of that name (write `./digits` for
+    the file).
     """
     if source not in BUNDLED and target is None and os.path.isfile(source):
         raise InputError(f"no target for {source!r}; expected --target COLUMN")
