@@ -60,6 +60,7 @@ def step_size(X: np.ndarray) -> float:
 def settings(X: np.ndarray, loop_steps: int) -> dict[str, Setting]:
     """By name; `X` are the training rows, `loop_steps` the outer steps of single loops."""
     n, s = len(X), step_size(X)
+    steady = None if n <= 2000 else 8 * BATCH  # for methods without noise in their papers
 
     def whole(engine, note, solver=None):
         solver = bl.LBFGS(max_steps=200) if solver is None else solver
@@ -88,7 +89,7 @@ def settings(X: np.ndarray, loop_steps: int) -> dict[str, Setting]:
         "masoba": loop(bl.SOBA(estimator=bl.EMA(0.1)), "average .1"),
         "saba": loop(bl.SABA(), "constant steps"),
         "srba": loop(bl.SRBA(), "constant steps"),
-        "bamm": loop(bl.BAMM(), "mu 0", batch=None),
+        "bamm": loop(bl.BAMM(), "mu 0", batch=steady),
         "amigo": loop(bl.AmIGO(), "T=Q=10, constant steps"),
         "stocbio": loop(bl.StocBiO(), "T=Q=10, constant steps"),
         "fsla": loop(
@@ -120,9 +121,9 @@ def settings(X: np.ndarray, loop_steps: int) -> dict[str, Setting]:
             bl.F3SA(penalty=power(2.0, -1 / 5, 100.0), estimator=bl.STORM(power(1.0, 4 / 5, 100.0))),
             "penalty 2 growing by k^1/5, momentum k^-4/5",
         ),
-        "meha": loop(bl.MEHA(c=power(2.0, -0.25)), "c = 2 (k + 1)^1/4", batch=None),
-        "vpbgd": loop(bl.VPBGD(), "penalty 10", batch=None),
-        "bome": loop(bl.BOME(), "eta .5, T=10", batch=None),
+        "meha": loop(bl.MEHA(c=power(2.0, -0.25)), "c = 2 (k + 1)^1/4", batch=steady),
+        "vpbgd": loop(bl.VPBGD(), "penalty 10", batch=steady),
+        "bome": loop(bl.BOME(), "eta .5, T=10", batch=steady),
         "bda": whole(bl.BDA(truncate=25, estimate=False), "a_t = .5 / (t + 1), T=100", descent),
         "iaptt": whole(bl.IAPTT(estimate=False), "start step .1, T=100", descent),
     }  # fmt: skip
