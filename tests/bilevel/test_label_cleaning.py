@@ -37,8 +37,9 @@ def test_draws_do_not_overlap(modules):
     np.testing.assert_array_equal(rows.train["y"] != rows.truth, rows.wrong)
     held = data.draw(numbered, 1000, 100, 0.5, 3, True)
     # Settings are judged by trusted rows: no test row takes part.
-    judges = set(held.test["X"][:, 0]) | set(held.trusted["X"][:, 0])
-    assert len(held.test["y"]) == 20 and judges == set(rows.trusted["X"][:, 0])
+    judges, used = (set(part["X"][:, 0]) for part in (held.test, held.trusted))
+    assert len(judges) == 20 and not judges & used
+    assert judges | used == set(rows.trusted["X"][:, 0])
 
 
 def test_soba_tells_digits_apart(modules):
