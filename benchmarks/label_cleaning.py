@@ -39,7 +39,9 @@ LARGE = 2000
 
 
 def run(setting: Setting, rows: Rows, seed: int, losses=(inner, outer), callback=None) -> bl.Result:
-    problem = bl.Problem(*losses, rows.train, rows.trusted, batch_size=setting.batch)
+    size = setting.batch
+    sizes = (size, None if size is None else min(size, len(rows.trusted["y"])))
+    problem = bl.Problem(*losses, rows.train, rows.trusted, batch_size=sizes)
     return bl.run(
         problem,
         jnp.zeros(len(rows.truth)),
