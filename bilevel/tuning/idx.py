@@ -62,7 +62,13 @@ def read_idx(path: str | Path, num_dimensions: int) -> np.ndarray:
 def read_directory(directory: str | Path, num_classes: int = 10) -> dict[str, Images]:
     """Images and labels by the first part of their names (`train`, `t10k`); raises `InputError`."""
     pairs: dict[str, dict[str, Path]] = {}
-    for path in sorted(Path(directory).iterdir()):
+    try:
+        paths = sorted(Path(directory).iterdir())
+    except OSError as error:
+        raise InputError(
+            f"cannot read {str(directory)!r} ({brief(error)}); expected {KIND}"
+        ) from error
+    for path in paths:
         name = path.name.removesuffix(".gz")
         for what, dimensions in (("images", 3), ("labels", 1)):
             for mark in "-.":

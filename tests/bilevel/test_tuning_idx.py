@@ -96,6 +96,8 @@ def test_a_missing_file_and_an_empty_directory(tmp_path):
         read_idx(tmp_path / "none", 1)
     with pytest.raises(InputError, match="expected a directory of IDX files"):
         read_directory(tmp_path)
+    with pytest.raises(InputError, match="cannot read .*expected a directory of IDX files"):
+        read_directory(tmp_path / "none")
 
 
 def test_commands_end_in_one_line(folder, capsys):
