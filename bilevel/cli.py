@@ -159,10 +159,14 @@ def _add_clean(commands: Any) -> None:
 
 def _add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "data", metavar="DATA", help="a CSV, Parquet or npz file, or the name of a bundled set"
+        "data",
+        metavar="DATA",
+        help="a CSV, Parquet or npz file, a directory of IDX files, or the name of a bundled set",
     )
     parser.add_argument(
-        "--target", metavar="COLUMN", help="the column to predict (bundled sets: target)"
+        "--target",
+        metavar="COLUMN",
+        help="the column to predict (bundled sets and IDX files: target)",
     )
     parser.add_argument(
         "--seed", type=_integer(0, 2**32 - 1), default=0, metavar="N", help="seed of all splits (0)"

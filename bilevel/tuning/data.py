@@ -8,6 +8,7 @@ import numpy as np
 
 from bilevel.tuning.errors import InputError, require_tune_extra
 from bilevel.tuning.files import KINDS, check_file, read_file
+from bilevel.tuning.idx import KIND, read_frame
 
 BUNDLED = ("breast_cancer", "diabetes", "digits", "iris", "wine")
 """Names of scikit-learn's bundled single-target sets; their target column is called `target`."""
@@ -43,10 +44,11 @@ class Table:
 def load_table(source: str, target: str | None, trusted: str | None = None) -> Table:
     """The table behind a path or a bundled name, checked; raises `InputError`.
 
-    `trusted` names a column that is no feature but marks rows. A bundled name wins over a file of that
-    name (write `./digits` for the file).
+    The target of a directory of IDX files is `target`, as that of a bundled set. `trusted` names a column
+    that is no feature but marks rows. A bundled name wins over a file of that name (write `./digits` for
+    the file).
     """
-    if source not in BUNDLED and target is None and os.path.exists(source):
+    if source not in BUNDLED and target is None and os.path.isfile(source):
         raise InputError(f"no target for {source!r}; expected --target COLUMN")
     target = "target" if target is None else target
     return check_table(load_frame(source), source, target, trusted)
@@ -58,12 +60,15 @@ def load_frame(source: str) -> Any:
     if not bundled:
         if not os.path.exists(source):
             raise InputError(
-                f"no file and no bundled data set {source!r}; expected {KINDS} or one of "
+                f"no file and no bundled data set {source!r}; expected {KINDS}, {KIND} or one of "
                 + ", ".join(BUNDLED)
             )
-        check_file(source)
+        if not os.path.isdir(source):
+            check_file(source)
     require_tune_extra()
-    return _load_bundled(source) if bundled else read_file(source)
+    if bundled:
+        return _load_bundled(source)
+    return read_frame(source) if os.path.isdir(source) else read_file(source)
 
 
 def _load_bundled(name: str) -> Any:

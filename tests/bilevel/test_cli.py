@@ -76,7 +76,7 @@ GROUPS = "good.csv --target y --penalty per-group --groups"
 
 TUNE = {
     "no such data": ("nosuch", "no file and no bundled data set 'nosuch'"),
-    "directory as data": (". --target y", "not a regular file"),
+    "directory as data": (". --target y", "a directory of IDX files"),
     "no target for a file": ("good.csv", "no target"),
     "unknown column": ("good.csv --target z", "no column 'z'"),
     "unknown column of a bundled set": ("iris --target z", "no column 'z'"),
