@@ -2,15 +2,19 @@
 
 A 64-128-10 network on digits, batches of 128, gradient descent with momentum, 6 outer variables: learning
 rate, momentum, and a decay for each weight and bias. The library's settings, forward mode, and the same
-training written by hand in JAX; jaxopt's unrolled gradient descent (one fixed batch, no momentum, so it does less).
-Then 100,000 steps of a small model.
+training written by hand in JAX, and where it is given by PyTorch's autograd (memory: growth of the process). "less
+work" is one fixed batch without momentum: jaxopt's unrolled gradient descent, where it is given optimistix's with
+recursive checkpointing, and ours for the same. Then 100,000 steps of a small model.
 
-    python benchmarks/w3.py [--repeats 7] [--steps 1000] [--out benchmarks/results/w3_cpu.json]
+    python benchmarks/w3.py [--peers DIRECTORY ...] [--repeats 7] [--steps 1000]
+        [--out benchmarks/results/w3_cpu.json]
 """
 
 import argparse
 import functools
+import importlib.util
 import resource
+import sys
 import time
 import warnings
 from pathlib import Path
@@ -106,6 +110,69 @@ def jaxopt_unrolled(problem, w, steps):
     return jax.jit(jax.grad(trained))
 
 
+def optimistix_unrolled(problem, w, steps):
+    """The same network and decays by optimistix, recursive checkpointing: fixed batch, no momentum."""
+    import optimistix
+
+    batch = tuple(leaf[:BATCH] for leaf in problem.inner_data)
+    solver = optimistix.GradientDescent(learning_rate=0.1, rtol=0.0, atol=0.0)
+    adjoint = optimistix.RecursiveCheckpointAdjoint()
+
+    def trained(lam):
+        found = optimistix.minimise(
+            lambda w, lam: inner(w, lam, batch),
+            *(solver, w, lam),
+            max_steps=steps,
+            adjoint=adjoint,
+            throw=False,
+        )
+        return outer(found.value, lam, problem.outer_data)
+
+    return jax.jit(jax.grad(trained))
+
+
+def torch_by_hand(problem, w, key, steps):
+    """The same training on the same batches by PyTorch, its graph kept."""
+    import torch
+
+    sampler = problem.inner_sampler(key)
+    drawn = jax.jit(jax.vmap(sampler))(jnp.arange(steps))
+    X, y = (torch.tensor(np.asarray(leaf)) for leaf in drawn)
+    y = y.long()
+    val_X, val_y = (torch.tensor(np.asarray(leaf)) for leaf in problem.outer_data)
+    start = {name: torch.tensor(np.asarray(leaf)) for name, leaf in w.items()}
+
+    def loss(w, X, y):
+        logits = torch.relu(X @ w["W1"] + w["b1"]) @ w["W2"] + w["b2"]
+        return torch.nn.functional.cross_entropy(logits, y)
+
+    def call():
+        leaf = lambda x: torch.tensor(float(x), requires_grad=True)
+        rate, momentum = leaf(LAM["rate"]), leaf(LAM["momentum"])
+        decay = {name: leaf(x) for name, x in LAM["decay"].items()}
+        w = {name: x.clone().requires_grad_() for name, x in start.items()}
+        m = {name: torch.zeros_like(x) for name, x in w.items()}
+        for i in range(steps):
+            penalty = sum(decay[name] * (w[name] ** 2).sum() for name in w)
+            value = loss(w, X[i], y[i]) + 0.5 * penalty
+            grads = torch.autograd.grad(value, list(w.values()), create_graph=True)
+            m = {name: momentum * m[name] + g for name, g in zip(w, grads, strict=True)}
+            w = {name: w[name] - rate * m[name] for name in w}
+        leaves = [decay[name] for name in sorted(decay)] + [momentum, rate]
+        found = torch.autograd.grad(loss(w, val_X, val_y.long()), leaves)
+        return [jnp.asarray(g.item()) for g in found]  # in the order of jax.tree.leaves(LAM)
+
+    return call
+
+
+def process_growth(call) -> int:
+    """Bytes that the process's peak grows by in a call: a lower bound where it had been higher before."""
+    peak = lambda: 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak()
+    call()
+    return peak() - before
+
+
 def long_run(steps):
     """One derivative through `steps` steps of a softmax regression, and the growth of the process."""
     X, y = load_digits(return_X_y=True)
@@ -142,10 +209,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument(
+        "--peers", type=Path, nargs="+", default=[], help="directories of optimistix and torch"
+    )
     parser.add_argument("--long", type=int, default=100_000)
     default = Path(__file__).parent / "results" / f"w3_{jax.default_backend()}.json"
     parser.add_argument("--out", type=Path, default=default)
     args = parser.parse_args()
+    sys.path.extend(map(str, args.peers))
 
     rng = np.random.default_rng(0)
     X, y = load_digits(return_X_y=True)
@@ -162,6 +233,10 @@ def main() -> None:
         return bl.GradientDescent(lam["rate"], momentum=lam["momentum"], max_steps=args.steps)
 
     programs, memory = {}, {}
+    if importlib.util.find_spec("torch"):
+        # First, while the process is small, so that its growth is that of the graph.
+        programs["torch, by hand"] = torch_by_hand(problem, w, key, args.steps)
+        memory["torch, by hand"] = process_growth(programs["torch, by hand"])
     hands = {"scan": (0, False), "each step": (1, False), "sqrt and step": (2, False)}
     for name, options in (hands | {"sqrt, rows at once": (2, True)}).items():
         grad = by_hand(problem, w, key, args.steps, *options)
@@ -178,15 +253,29 @@ def main() -> None:
         options = {"solver": solver, "engine": engine, "key": key}
         memory[name] = bl.memory(problem, LAM, w, **options).temporary
         programs[name] = lambda o=options: bl.hypergradient(problem, LAM, w, **o, throw=False).grad
+    fixed = bl.Problem(
+        inner, outer, tuple(leaf[:BATCH] for leaf in problem.inner_data), problem.outer_data
+    )
+    short = bl.GradientDescent(0.1, max_steps=args.steps, tol=0.0)
+    for levels in (1, 2):
+        name, engine = f"levels={levels} (less work)", bl.Unrolled(levels=levels, estimate=False)
+        options = {"solver": short, "engine": engine}
+        memory[name] = bl.memory(fixed, LAM, w, **options).temporary
+        programs[name] = lambda o=options: bl.hypergradient(fixed, LAM, w, **o, throw=False).grad
     compiled = jaxopt_unrolled(problem, w, args.steps).lower(LAM).compile()
     programs["jaxopt (less work)"] = functools.partial(compiled, LAM)
     memory["jaxopt (less work)"] = compiled.memory_analysis().temp_size_in_bytes
+
+    if importlib.util.find_spec("optimistix"):
+        compiled = optimistix_unrolled(problem, w, args.steps).lower(LAM).compile()
+        programs["optimistix (less work)"] = functools.partial(compiled, LAM)
+        memory["optimistix (less work)"] = compiled.memory_analysis().temp_size_in_bytes
 
     reference = jax.tree.leaves(programs["hand: scan"]())
     off = {}
 
     def check(name, grad):
-        if name.startswith("jaxopt"):
+        if name.endswith("(less work)"):
             return
         pairs = zip(jax.tree.leaves(grad), reference, strict=True)
         off[name] = max(float(abs(a - b) / abs(b)) for a, b in pairs)
