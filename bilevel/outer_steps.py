@@ -30,7 +30,7 @@ def first_state(problem, solver, engine, rule, scales, w, lam, key) -> RunState:
         outer=rule.init(tree.flatten(u)[0])
         if isinstance(rule, OuterMethod)
         else optax_init(rule, u),
-        best=Best(lam, w, infinity, jnp.int32(-1)),
+        best=Best(lam, w, infinity, jnp.int32(-1), jnp.zeros_like(infinity)),
         worst=jnp.int32(Status.OK),
     )
 
@@ -80,10 +80,11 @@ def steps(
             for dtype, row in packed(record(h)).items()
         }
         good = h.info.status <= Status.MAX_STEPS
-        lam, outer_state, value = _outer_step(problem, rule, scales, state, h)
-        value = value.astype(state.best.outer_value.dtype)
-        better = good & (value < state.best.outer_value)
-        best = tree.where(better, Best(state.lam, h.w, value, state.step), state.best)
+        lam, outer_state, *judged_by = _outer_step(problem, rule, scales, state, h)
+        last_best = state.best
+        value, margin = (x.astype(last_best.outer_value.dtype) for x in judged_by)
+        better = good & (value + margin < last_best.outer_value + last_best.margin)
+        best = tree.where(better, Best(state.lam, h.w, value, state.step, margin), last_best)
         worst = jnp.where(good, state.worst, h.info.status)
         moved = RunState(state.step + 1, lam, h.w, engine_state, outer_state, best, worst)
         # A hypergradient that cannot be trusted moves nothing.
@@ -136,10 +137,11 @@ def program(engine: AbstractEngine) -> Callable[..., tuple[RunState, History, Ar
 
 def _outer_step(
     problem, rule, scales, state: RunState, h: Hypergradient
-) -> tuple[Tree, Any, Array]:
+) -> tuple[Tree, Any, Array, Array]:
     """One step of the outer rule on the unconstrained scale, then the projection on the natural one.
 
-    Also the value to compare points by: of an outer method, corrected and infinite where it did not accept.
+    Also the value to compare points by, and its margin: of an outer method, corrected and infinite where it did not
+    accept, and the size of the correction.
     """
     project_natural = getattr(problem, "outer_projection", None) or (lambda lam: lam)
     u = transforms.inverse(scales, state.lam)
@@ -160,10 +162,12 @@ def _outer_step(
         u = unflatten(flat)
         accepted = jnp.all(rule.point(outer_state) == at.u)
         value = jnp.where(accepted, at.corrected, jnp.inf)
+        margin = jnp.abs(at.corrected - at.value)
     else:
         u, outer_state = optax_update(rule, grad, state.outer, u)
         value = h.info.outer_value
-    return project_natural(transforms.forward(scales, u)), outer_state, value
+        margin = jnp.zeros_like(value)
+    return project_natural(transforms.forward(scales, u)), outer_state, value, margin
 
 
 @eqx.filter_jit

@@ -54,13 +54,16 @@ class History(NamedTuple):
 class Best(NamedTuple):
     """The step with the smallest outer value so far: the pair that attained it.
 
-    With an outer method, of the points it accepted, and corrected to second order.
+    With an outer method, of the points it accepted, and corrected to second order. Its early values are rough:
+    steps are compared by `outer_value + margin`.
     """
 
     lam: Tree
     w: Tree
     outer_value: Array
     step: Array
+    margin: Array
+    """What the value was corrected by; 0 without an outer method."""
 
 
 class RunState(NamedTuple):
