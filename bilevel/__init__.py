@@ -93,6 +93,7 @@ if TYPE_CHECKING:
         Solved,
         SolveInfo,
         Status,
+        WorkingSet,
         prox,
     )
 
@@ -176,6 +177,7 @@ __all__ = [
     "StocBiO",
     "Tasks",
     "Unrolled",
+    "WorkingSet",
     "check",
     "choose",
     "choose_lanes",
