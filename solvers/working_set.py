@@ -27,8 +27,8 @@ class WorkingSet(AbstractInnerSolver):
     `w[indices]` with what it returns are those of `w` with zeros elsewhere. So the prox has to act on each
     coordinate by itself and keep zero where the smooth part is flat (`l1`, `elastic_net`, `box` around zero).
 
-    A round takes all coordinates (`solver` on the whole problem, to the tolerance) where those that are not zero fill
-    `size` to seven eighths and more want to enter; for the rest of a solve, where a restricted solution does not
+    A round takes all coordinates (`solver` on the whole problem, to the tolerance) where those that are not zero, after
+    a round to the tolerance, fill `size` to seven eighths and more want to enter; for the rest of a solve, where a restricted solution does not
     solve the whole problem on its own coordinates: `restrict` is then not what it should be; and always where
     `size` is d or more. Under `vmap` both kinds of round are compiled into one, at the cost of the larger.
 
@@ -70,8 +70,8 @@ class WorkingSet(AbstractInnerSolver):
 
     def _begin(self, objective: ObjectiveFn, w: Array, step: Scalar, batch: Any) -> "_State":
         residuals = self._at(step).optimality(objective, w, batch)
-        no = jnp.asarray(False)
-        return _State(residuals, step, _norm(residuals, step), no, no)
+        yes, no = jnp.asarray(True), jnp.asarray(False)
+        return _State(residuals, step, _norm(residuals, step), no, yes, no)
 
     def step(
         self, objective: ObjectiveFn, w: Array, state: "_State", batch: Any
@@ -79,9 +79,11 @@ class WorkingSet(AbstractInnerSolver):
         tol = loops.tolerance(self, w).astype(state.residual.dtype)
         filled = jnp.count_nonzero(w)
         wanted = filled + jnp.count_nonzero((w == 0) & (state.residuals != 0))
-        # Where all that is wanted is in, the next round may well be the last.
+        room = (filled <= 7 * self.size // 8) | (wanted <= self.size)
+        # To the tolerance where the round may well be the last, or loosely solved ones left too much that is not zero.
+        tight = (tol > 0) & ((wanted <= self.size) | ~room)
         tenth = jnp.maximum(0.1 * state.residual, 0.5 * tol)
-        target = jnp.where((tol > 0) & (wanted <= self.size), 0.5 * tol, tenth)
+        target = jnp.where(tight, 0.5 * tol, tenth)
 
         def solve_all(w: Array) -> tuple[Array, Array, Array]:
             to = jnp.where(tol > 0, 0.9 * tol, tenth)
@@ -99,9 +101,8 @@ class WorkingSet(AbstractInnerSolver):
         if self.size >= w.size:
             new, claimed, inside = solve_all(w)
         else:
-            fits = (filled <= 7 * self.size // 8) | (wanted <= self.size)
-            fits = fits & ~state.whole
-            new, claimed, inside = jax.lax.cond(fits, solve_some, solve_all, w)
+            fits = room | (state.loose & (filled <= self.size))
+            new, claimed, inside = jax.lax.cond(fits & ~state.whole, solve_some, solve_all, w)
         value, gradient = jax.value_and_grad(objective)(new, batch)
         residuals = _residuals(objective, new, gradient, state.step)
         residual = _norm(residuals, state.step)
@@ -111,7 +112,7 @@ class WorkingSet(AbstractInnerSolver):
         whole = state.whole | (apart > jnp.maximum(tenth, rounding))
         floor = loops.rounding_level(value, w).astype(residual.dtype)
         stalled = (residual >= 0.9 * state.residual) & (residual <= floor)
-        return new, _State(residuals, state.step, residual, whole, stalled)
+        return new, _State(residuals, state.step, residual, whole, room & ~tight, stalled)
 
     def _solve(self, objective: ObjectiveFn, w: Array, batch: Any, tol: Scalar) -> Array:
         solver = unchecked(self.solver, tol=tol)
@@ -183,4 +184,5 @@ class _State(NamedTuple):
     step: Scalar  # s, their step
     residual: Scalar
     whole: Array  # whether the restriction was found to be another problem
+    loose: Array  # whether the last round may have left more coordinates than its problem's solution has
     stalled: Array
