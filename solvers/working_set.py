@@ -28,9 +28,9 @@ class WorkingSet(AbstractInnerSolver):
     coordinate by itself and keep zero where the smooth part is flat (`l1`, `elastic_net`, `box` around zero).
 
     A round takes all coordinates (`solver` on the whole problem, to the tolerance) where those that are not zero, after
-    a round to the tolerance, fill `size` to seven eighths and more want to enter; for the rest of a solve, where a restricted solution does not
-    solve the whole problem on its own coordinates: `restrict` is then not what it should be; and always where
-    `size` is d or more. Under `vmap` both kinds of round are compiled into one, at the cost of the larger.
+    a round to the tolerance, fill `size` to seven eighths and more want to enter; for the rest of a solve, where a
+    restricted solution does not solve the whole problem on its own coordinates (`restrict` is then not what it should
+    be); and always where `size` is d or more. Under `vmap` both kinds of round are computed, at the cost of the larger.
 
     `max_steps` and `steps` count rounds. s is that of `solver`, measured where "auto" at the first start and kept
     from then on; each restricted solve measures its own. One batch serves the whole solve.
