@@ -96,6 +96,7 @@ if TYPE_CHECKING:
         Solved,
         SolveInfo,
         Status,
+        WorkingSet,
         prox,
     )
 
@@ -182,6 +183,7 @@ __all__ = [
     "StocBiO",
     "Tasks",
     "Unrolled",
+    "WorkingSet",
     "check",
     "choose",
     "choose_lanes",

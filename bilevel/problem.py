@@ -46,6 +46,9 @@ class Problem(eqx.Module):
       inner_prox: `(v, step, lam) -> w`, the proximal operator of `step` times a nonsmooth term psi(w, lam)
         of the inner problem (see `bilevel.prox`), or a projection on its constraints. `inner` is then the
         smooth part alone: what is minimised is `inner + psi`.
+      inner_restrict: `(lam, batch, indices) -> (lam, batch)`, for `WorkingSet` and a `w` of one array (d,): what makes
+        of `inner` and `inner_prox` those of `w[indices]`, all other coordinates being zero; for a Lasso the columns
+        `indices` of X, and of a penalty per coordinate its entries.
       inner_penalty: `(w, lam) -> scalar`, that term psi itself, for engines that need its slope in `lam`
         (`MEHA`; 0 for a projection).
       inequality, equality: `(w, lam) -> array` (or a pytree of them), constraints `<= 0` and `= 0` of the inner
@@ -82,6 +85,9 @@ class Problem(eqx.Module):
     inner_prox: Callable[[Tree, Array, Tree], Tree] | None = eqx.field(
         static=True, default=None, kw_only=True
     )
+    inner_restrict: Callable[[Tree, Any, Array], tuple[Tree, Any]] | None = eqx.field(
+        static=True, default=None, kw_only=True
+    )
     inner_penalty: Callable[[Tree, Tree], Array] | None = eqx.field(
         static=True, default=None, kw_only=True
     )
@@ -109,7 +115,7 @@ class Problem(eqx.Module):
                 )
         functions = (
             *("inner_init", "inner_hvp", "inner_preconditioner", "inner_gauss_newton"),
-            *("inner_prox", "inner_penalty", "outer_projection"),
+            *("inner_prox", "inner_restrict", "inner_penalty", "outer_projection"),
             *("inequality", "equality", "joint_projection"),
         )
         for name in functions:
@@ -154,7 +160,7 @@ class Problem(eqx.Module):
 
     def inner_objective(self, lam: Tree) -> Objective:
         own = self.inner_hvp, self.inner_prox, self.inner_preconditioner, self.inner_gauss_newton
-        return Objective(self.inner, lam, *own)
+        return Objective(self.inner, lam, *own, self.inner_restrict)
 
     def inner_sampler(self, key: Array) -> Sampler:
         size = self.batch_size[0]

@@ -100,6 +100,7 @@ class Tasks(eqx.Module):
             "inner",
             "inner_init",
             "inner_prox",
+            "inner_restrict",
             "inequality",
             "equality",
             "joint_projection",

@@ -21,6 +21,7 @@ from solvers import (
     Mapping,
     ProximalGradient,
     Solved,
+    WorkingSet,
 )
 from solvers.tree import accumulation_dtype
 
@@ -137,6 +138,8 @@ def solver(value: Any, engine: AbstractEngine, problem: BilevelProblem) -> Solve
     if isinstance(value, AbstractInnerSolver):
         if nonsmooth and engine.uses_solver:
             check_proximal(value)
+        if isinstance(value, WorkingSet):
+            _check_restriction(problem)
         if not value.symmetric and not isinstance(problem.inner, Mapping):
             raise ValueError(
                 f"{type(value).__name__} solves w = T(w): expected the problem's inner to be "
@@ -171,6 +174,20 @@ def solver(value: Any, engine: AbstractEngine, problem: BilevelProblem) -> Solve
     if not getattr(problem, "second_order", True):
         _without_curvature(engine, value)
     return cast(Solver, value)
+
+
+def _check_restriction(problem: Any) -> None:
+    """Raises ValueError where the problem does not say how it is restricted to some coordinates."""
+    for name in ("inner_prox", "inner_restrict"):
+        if getattr(problem, name, None) is None:
+            raise ValueError(
+                f"WorkingSet needs Problem({name}=...), which is not set. Use ProximalGradient, or LBFGS where the "
+                "inner problem is smooth."
+            )
+    if isinstance(problem, Tasks) and problem.lanes is not None:
+        raise ValueError(
+            f"WorkingSet does not work on lanes: expected Tasks(lanes=None), got lanes={problem.lanes!r}."
+        )
 
 
 def _without_curvature(engine: AbstractEngine, solver: Any) -> None:

@@ -184,7 +184,7 @@ def check_proximal(solver: AbstractInnerSolver) -> None:
     if not solver.proximal:
         raise ValueError(
             f"the problem has an inner_prox, which {type(solver).__name__} would ignore. Use "
-            "ProximalGradient."
+            "ProximalGradient (or WorkingSet)."
         )
 
 

@@ -26,6 +26,7 @@ from solvers.proximal import ProximalGradient
 from solvers.solved import Solved
 from solvers.status import Status
 from solvers.types import Objective, Sampler, SolveInfo
+from solvers.working_set import WorkingSet
 
 SOLVERS = {
     "fixedpoint": FixedPoint,
@@ -34,6 +35,7 @@ SOLVERS = {
     "newton": Newton,
     "proximalgradient": ProximalGradient,
     "solved": Solved,
+    "workingset": WorkingSet,
 }
 """Inner solvers that need no argument, by their registry name: the lower-case class name."""
 
@@ -65,5 +67,6 @@ __all__ = [
     "SolveInfo",
     "Solved",
     "Status",
+    "WorkingSet",
     "prox",
 ]

@@ -33,6 +33,9 @@ class Objective(eqx.Module):
 
     `prox(v, step, args) -> w`, where given, is the proximal operator of `step` times a nonsmooth part
     that is minimised along with `fn`; calls give the smooth part alone.
+
+    `restrict(args, batch, indices) -> (args, batch)`, where given, makes of both what belongs to the coordinates
+    `indices` of a `w` of one array (d,), all others being zero.
     """
 
     fn: Callable[[Tree, Any, Any], Scalar] = eqx.field(static=True)
@@ -41,6 +44,9 @@ class Objective(eqx.Module):
     prox: Callable[[Tree, Any, Any], Tree] | None = eqx.field(static=True, default=None)
     preconditioner: Callable[[Tree, Any, Any], MatVec] | None = eqx.field(static=True, default=None)
     gauss_newton: Callable[[Tree, Any, Any], MatVec] | None = eqx.field(static=True, default=None)
+    restrict: Callable[[Any, Any, Array], tuple[Any, Any]] | None = eqx.field(
+        static=True, default=None
+    )
 
     def __call__(self, w: Tree, batch: Any) -> Scalar:
         return self.fn(w, self.args, batch)

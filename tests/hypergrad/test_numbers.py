@@ -90,6 +90,7 @@ NUMBERS |= {
     bl.Newton: {"tol": (1e-8, 1e-9), "steps": (20, 30)},
     bl.OptaxSolver: {"tol": (1e-8, 1e-9), "steps": (20, 30)},
     bl.JaxoptSolver: {"tol": (1e-8, 1e-9), "steps": (20, 30)},
+    bl.WorkingSet: {"tol": (1e-1, 1e-6), "steps": (1, 2)},
     bl.ProximalGradient: {"learning_rate": (0.3, 0.4), "tol": (1e-8, 1e-9), "steps": (20, 30)},
 }
 
@@ -112,6 +113,15 @@ def test_the_table_names_every_number():
         for cls in subclasses(Settings) - abstract
     }
     assert named == there
+
+
+def no_prox(v, step, lam):
+    return v
+
+
+def no_columns(lam, batch, indices):
+    """For fewer coordinates than a working set holds: never called."""
+    raise AssertionError
 
 
 def with_numbers(cls, which, **options):
@@ -138,6 +148,8 @@ def setup_of(cls, which):
         linear = part if isinstance(part, bl.AbstractLinearSolver) else bl.CG(preconditioner=part)
         return bl.Implicit(linear, estimate=False), bl.Newton(linear_solver=linear)
     options = {"tx": optax.sgd(0.1)} if cls is bl.OptaxSolver else {}
+    if cls is bl.WorkingSet:  # vmap takes no "auto"
+        options["solver"] = bl.ProximalGradient(learning_rate=0.3)
     return bl.Implicit(estimate=False), with_numbers(cls, which, **options)
 
 
@@ -155,6 +167,8 @@ def test_numbers_lam_and_data_trace_once(cls, seed, count_traces):
         engine, solver = setup
         data = jax.tree.map(lambda x: factor * x, case.inner_data)
         problem = bl.Problem(level, outer, data, case.outer_data)
+        if cls is bl.WorkingSet:
+            problem = dataclasses.replace(problem, inner_prox=no_prox, inner_restrict=no_columns)
         lam, w = factor * case.lam, factor + case.w
         return bl.hypergradient(problem, lam, w, engine=engine, solver=solver, throw=False).grad
 
