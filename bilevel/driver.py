@@ -77,7 +77,7 @@ def run(
         not depend on it, nor does a last, shorter chunk compile again.
       estimate_every: steps between error estimates, which cost a few tight adjoint solves; default and
         least is one for each chunk. The last step always gets one.
-      outer_tol: stop where the hypergradient's 2-norm (natural scale) is at most this, after a chunk.
+      outer_tol: stop where the hypergradient's 2-norm (natural scale) is at most this, after a chunk; 0 does not.
       patience: stop after this many steps without a new best outer value.
       retries: so many times in all, a step with one of the statuses below sends the run half of its last
         step back, with all further steps half as long, instead of ending it: with a warning, and

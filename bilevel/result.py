@@ -170,7 +170,8 @@ def verdict(
         return "status"
     if not pieces:
         return ""
-    if float(pieces[-1].grad_norm[-1]) <= outer_tol:
+    # A single loop may begin with a direction of zero: without a tolerance that is no end.
+    if outer_tol > 0 and float(pieces[-1].grad_norm[-1]) <= outer_tol:
         return "outer_tol"
     since = int(state.step) - 1 - int(state.best.step)
     return "patience" if patience is not None and since >= patience else ""

@@ -124,6 +124,11 @@ def solver(value: Any, engine: AbstractEngine, problem: BilevelProblem) -> Solve
             raise ValueError(f"{why}{name} would ignore. Use LVHBA.")
         if isinstance(problem, Tasks):
             raise ValueError(f"{why}Tasks cannot have: one lam belongs to the w of every task.")
+    if engine.anticipates and isinstance(problem, Tasks):
+        raise ValueError(
+            f"{name} moves w by what lam is about to do on its account, but the lam of Tasks moves for all of "
+            "them. Stack w and the data in one Problem, or use the engine Implicit."
+        )
     if value is None:
         value = engine.default_solver()
         if isinstance(problem.inner, Mapping) and engine.fixed_points:
