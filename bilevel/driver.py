@@ -116,8 +116,7 @@ def run(
         estimate_every = validation.count("estimate_every", estimate_every, 1)
     if patience is not None:
         patience = validation.count("patience", patience, 1)
-    if time_limit is not None and not time_limit > 0:
-        raise ValueError(f"time_limit must be a positive number of seconds, got {time_limit!r}.")
+    time_limit = validation.seconds("time_limit", time_limit)
     key = jax.random.key(0) if key is None else key
     pool = pooled(problem, w, key, chunk)
     sample, w = (problem, w) if pool is None else pool.sample()

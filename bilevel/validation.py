@@ -37,6 +37,13 @@ def count(name: str, value: Any, low: int) -> int:
     return int(value)
 
 
+def seconds(name: str, value: Any) -> Any:
+    """A positive number of seconds, or None."""
+    if value is None or (isinstance(value, int | float | np.number) and value > 0):
+        return value
+    raise ValueError(f"{name} must be a positive number of seconds, got {value!r}.")
+
+
 def variables(name: str, tree: Any) -> Any:
     """A variable as strongly typed floating-point arrays, each leaf with its own dtype.
 
