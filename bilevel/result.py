@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from bilevel.difficulty import TaskStates
 from hypergrad import AbstractEngine, HypergradInfo
 from hypergrad.base import Hypergradient
 from solvers import Status, tree
@@ -149,6 +150,7 @@ def finished(
     worst = int(state.worst)
     if worst <= Status.MAX_STEPS and len(history.status):
         worst = int(history.status[-1])
+    tasks = isinstance(state.engine, TaskStates)  # which have no such constraints
     return Result(
         lam=lam,
         w=state.w,
@@ -158,7 +160,7 @@ def finished(
         best=state.best,
         stopped=stopped,
         retries=retries,
-        multipliers=engine.multipliers(state.engine),
+        multipliers=None if tasks else engine.multipliers(state.engine),
     )
 
 

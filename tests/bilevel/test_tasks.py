@@ -188,6 +188,13 @@ def test_a_single_loop_on_few_lanes_solves_nothing_before(data):
     np.testing.assert_array_equal(two.info.inner.num_steps, one.info.inner.num_steps)
 
 
+def test_tasks_of_an_engine_that_knows_multipliers(data):
+    tasks = bl.Tasks(bl.Problem(inner, outer), data)
+    engine = bl.LVHBA(step_size=0.01)
+    result = bl.run(tasks, LAM, np.zeros(DIM), engine=engine, num_steps=1, throw=False)
+    assert result.multipliers is None and len(result.history.status) == 1
+
+
 def test_shared_data_come_first_in_the_batch(data):
     """On refilled lanes. Levels with data of their own get `(data, slice)`, others the slice."""
     shift = np.array([0.3, -0.2, 0.5])
