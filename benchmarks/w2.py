@@ -23,11 +23,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from label_cleaning_engines import inner, outer
 from sklearn.datasets import load_digits
 
 import bilevel as bl
 
-BATCH, CLASSES, PENALTY = 64, 10, 1e-3
+BATCH, CLASSES = 64, 10
 STEP, RATE = 1.0, 100.0
 """Step sizes of SOBA and SABA; a gradient in lam is of the order of one over the number of examples."""
 
@@ -44,21 +45,6 @@ def data(seed: int = 0) -> tuple[dict, dict, dict]:
     rows = lambda part, labels: {"X": X[part], "y": labels[part].astype(np.int32)}
     train = rows(slice(0, 1000), noisy) | {"i": np.arange(1000, dtype=np.int32)}
     return train, rows(slice(1000, 1397), y), rows(slice(1397, 1797), y)
-
-
-def losses(w, batch):
-    f = batch["X"] @ w
-    own = jnp.take_along_axis(f, batch["y"][:, None], axis=1)[:, 0]
-    return jax.nn.logsumexp(f, axis=1) - own
-
-
-def inner(w, lam, batch):
-    weights = jax.nn.sigmoid(lam[batch["i"]])
-    return jnp.mean(weights * losses(w, batch)) + PENALTY * jnp.sum(w**2)
-
-
-def outer(w, lam, batch):
-    return jnp.mean(losses(w, batch))
 
 
 def methods() -> dict[str, tuple[bl.AbstractEngine, optax.GradientTransformation]]:

@@ -77,7 +77,7 @@ def run(
         not depend on it, nor does a last, shorter chunk compile again.
       estimate_every: steps between error estimates, which cost a few tight adjoint solves; default and
         least is one for each chunk. The last step always gets one.
-      outer_tol: stop where the hypergradient's 2-norm (natural scale) is at most this, after a chunk.
+      outer_tol: stop where the hypergradient's 2-norm (natural scale) is at most this, after a chunk; 0 does not.
       patience: stop after this many steps without a new best outer value.
       retries: so many times in all, a step with one of the statuses below sends the run half of its last
         step back, with all further steps half as long, instead of ending it: with a warning, and
@@ -116,8 +116,7 @@ def run(
         estimate_every = validation.count("estimate_every", estimate_every, 1)
     if patience is not None:
         patience = validation.count("patience", patience, 1)
-    if time_limit is not None and not time_limit > 0:
-        raise ValueError(f"time_limit must be a positive number of seconds, got {time_limit!r}.")
+    time_limit = validation.seconds("time_limit", time_limit)
     key = jax.random.key(0) if key is None else key
     pool = pooled(problem, w, key, chunk)
     sample, w = (problem, w) if pool is None else pool.sample()

@@ -106,6 +106,7 @@ def run_population(
     count = _members(lam)
     num_steps = validation.count("num_steps", num_steps, 1)
     halvings = validation.count("halvings", halvings, 0)
+    time_limit = validation.seconds("time_limit", time_limit)
     if 2**halvings > min(count, num_steps):
         raise ValueError(
             f"halvings={halvings} asks for {2**halvings} members and steps or more, got {count} members and "

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from bilevel.difficulty import TaskStates
 from hypergrad import AbstractEngine, HypergradInfo
 from hypergrad.base import Hypergradient
 from solvers import Status, tree
@@ -152,6 +153,7 @@ def finished(
     worst = int(state.worst)
     if worst <= Status.MAX_STEPS and len(history.status):
         worst = int(history.status[-1])
+    tasks = isinstance(state.engine, TaskStates)  # which have no such constraints
     return Result(
         lam=lam,
         w=state.w,
@@ -161,7 +163,7 @@ def finished(
         best=state.best,
         stopped=stopped,
         retries=retries,
-        multipliers=engine.multipliers(state.engine),
+        multipliers=None if tasks else engine.multipliers(state.engine),
     )
 
 
@@ -173,7 +175,8 @@ def verdict(
         return "status"
     if not pieces:
         return ""
-    if float(pieces[-1].grad_norm[-1]) <= outer_tol:
+    # A single loop may begin with a direction of zero: without a tolerance that is no end.
+    if outer_tol > 0 and float(pieces[-1].grad_norm[-1]) <= outer_tol:
         return "outer_tol"
     since = int(state.step) - 1 - int(state.best.step)
     return "patience" if patience is not None and since >= patience else ""

@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from bilevel import processes
 from bilevel.problem import Problem
@@ -25,8 +25,7 @@ def spread(problem: Any, mesh: Mesh | None) -> Any:
     """
     if mesh is None:
         return problem
-    if not isinstance(mesh, Mesh):
-        raise TypeError(f"mesh must be a jax.sharding.Mesh, got {mesh!r}.")
+    _check(mesh)
     if isinstance(problem, Problem):
         data = {name: getattr(problem, name) for name in ("inner_data", "outer_data")}
         if not jax.tree.leaves(data):
@@ -56,8 +55,9 @@ def shard_rows(data: T, mesh: Mesh, name: str = "data") -> T:
     Where `w` is large, it may be sharded too: give arrays with a `NamedSharding` of your own for `w` and for the
     data that meet it, and no mesh.
 
-    Raises ValueError where the rows do not divide among the devices.
+    Raises TypeError for another mesh, ValueError where the rows do not divide among the devices.
     """
+    _check(mesh)
     leaves = jax.tree.leaves(data)
     lengths = {leaf.shape[0] if np.ndim(leaf) else 0 for leaf in leaves}
     if leaves and (len(lengths) != 1 or lengths == {0}):
@@ -120,6 +120,11 @@ def placed(problem: Any, state: RunState) -> RunState:
     w, engine, best = by_task(problem, rows(state))
     state = on_all(problem, state._replace(w=None, engine=None, best=state.best._replace(w=None)))
     return state._replace(w=w, engine=engine, best=state.best._replace(w=best))
+
+
+def _check(mesh: Any) -> None:
+    if not isinstance(mesh, Mesh | AbstractMesh):
+        raise TypeError(f"mesh must be a jax.sharding.Mesh, got {mesh!r}.")
 
 
 def _flat(mesh: Mesh, name: str) -> Mesh:

@@ -173,18 +173,23 @@ def binomial(
     the early part with all of them again.
     """
 
-    def visit(state: State, low: int, high: int, free: int, adjoint: Any) -> Any:
+    state, low, high, adjoint = first, 0, count, cast(Adjoint, None)
+    early: list[tuple[Any, int]] = []  # snapshots, and the steps that they are at
+    while True:
         while high - low > 1:
-            kept, cut = put(state), low + _early_part(high - low, free)
+            early.append((put(state), low))
+            cut = low + _early_part(high - low, snapshots - len(early) + 1)
             for index in range(low, cut):
                 state = forward(state, index)
-            adjoint = visit(state, cut, high, free - 1, adjoint)
-            state, high = get(kept), cut
+            low = cut
         if high == count:
             adjoint = last(forward(state, low))
-        return back(state, low, adjoint)
-
-    return visit(first, 0, count, snapshots, None)
+        adjoint = back(state, low, adjoint)
+        if not early:
+            return adjoint
+        high = low
+        kept, low = early.pop()
+        state = get(kept)
 
 
 def _early_part(steps: int, snapshots: int) -> int:

@@ -41,8 +41,8 @@ class Tasks(eqx.Module):
       problem: what the tasks share: losses, data, start, prox, constants.
       task_data: pytree of arrays whose first axis is the task.
       lanes: tasks that are worked on at once; None is all of them, which waits for the slowest. With less,
-        inner problems are solved on lanes that load the next one when they are done (engines `Implicit`,
-        `OneStep` and `Exact`, all rows at once), and the rest goes `lanes` at a time. "auto" takes what
+        inner problems are solved on lanes that load the next one when they are done (engines `Implicit`
+        and `OneStep`, all rows at once), and the rest goes `lanes` at a time. "auto" takes what
         `bilevel.choose_lanes` measures: once per process for one problem, its shapes and settings.
       per_step: tasks that an outer step takes, drawn anew from the key of the step (`drawn`); None is all. The
         others keep what they have. Value and hypergradient are unbiased estimates of those of all tasks, and
@@ -323,7 +323,7 @@ class Tasks(eqx.Module):
         fixed = self.problem.batch_size[0] is None and isinstance(solver, AbstractInnerSolver)
         devices = 1 if self.mesh is None else self.mesh.size
         few = 1 < self._lanes() < self.count // devices
-        return few and fixed and engine.needs_implicit
+        return few and fixed and engine.solves_once
 
     def _solve(
         self, engine: AbstractEngine, solver: Any, w: Tree, lam: Tree, state: Any

@@ -38,6 +38,13 @@ def count(name: str, value: Any, low: int) -> int:
     return int(value)
 
 
+def seconds(name: str, value: Any) -> Any:
+    """A positive number of seconds, or None."""
+    if value is None or (isinstance(value, int | float | np.number) and value > 0):
+        return value
+    raise ValueError(f"{name} must be a positive number of seconds, got {value!r}.")
+
+
 def variables(name: str, tree: Any) -> Any:
     """A variable as strongly typed floating-point arrays, each leaf with its own dtype.
 
@@ -125,6 +132,11 @@ def solver(value: Any, engine: AbstractEngine, problem: BilevelProblem) -> Solve
             raise ValueError(f"{why}{name} would ignore. Use LVHBA.")
         if isinstance(problem, Tasks):
             raise ValueError(f"{why}Tasks cannot have: one lam belongs to the w of every task.")
+    if engine.anticipates and isinstance(problem, Tasks):
+        raise ValueError(
+            f"{name} moves w by what lam is about to do on its account, but the lam of Tasks moves for all of "
+            "them. Stack w and the data in one Problem, or use the engine Implicit."
+        )
     if value is None:
         value = engine.default_solver()
         if isinstance(problem.inner, Mapping) and engine.fixed_points:

@@ -130,6 +130,10 @@ class AbstractEngine(Settings):
     """Whether the derivative ignores how the inner solver got there (its start and its settings)."""
     uses_solver: ClassVar[bool] = True
     """Whether an inner solver moves `w`; else the engine does so itself."""
+    solves_once: ClassVar[bool] = False
+    """Whether a step is one inner solve and then derivatives at its result, so that the solve may be done apart."""
+    anticipates: ClassVar[bool] = False
+    """Whether `w` moves by what `lam` is about to do on its account: not for `Tasks`, where all of them move `lam`."""
     second_order: ClassVar[bool] = True
     """Whether it needs second derivatives of the losses."""
     measured: ClassVar[tuple[str, ...]] = ()

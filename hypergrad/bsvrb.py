@@ -208,7 +208,8 @@ class BSVRB(AbstractEngine):
             moved = put(w, jax.tree.map(lead, w_now, s_now))
             report = {"adjoint_residual": relative(u_now, means["f_w"])}
 
-        grown = tree.norm((moved, after, m))
+        # Hessians are as large as the losses make them.
+        grown = tree.norm((moved, m) if self.hessian == "dense" else (moved, after, m))
         residual = tree.norm(s) / count
         status = where(~jnp.isfinite(means["inner"]), Status.NONFINITE)
         cost = self.cost(tree.size(w) // count)
@@ -217,7 +218,7 @@ class BSVRB(AbstractEngine):
             SolveInfo(means["inner"], residual, jnp.int32(cost.gradients), status),
             m,
             where(grown > state.limit, Status.DIVERGED),
-            where(~jnp.isfinite(grown), Status.NONFINITE),
+            where(~jnp.isfinite(grown) | ~tree.all_finite(after), Status.NONFINITE),
             adjoint_steps=cost.hvps,
             **report,
         )

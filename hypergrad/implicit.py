@@ -70,7 +70,8 @@ class Implicit(AbstractEngine):
     with a correction of one digit) and multiplies both tolerances of the next step by `target / error`, within 0.1
     and 4. So `info.error_estimate` stays near `target`, what is returned is better than that (about its square where
     the Hessian is smooth), and `tol` of the inner and `rtol` of the linear solver are not used. Under `Tasks`
-    each task has its own loop, relative to its own hypergradient. For inner solves that stop at a tolerance.
+    each task has its own loop, relative to its own hypergradient. For inner solves that stop at a tolerance. The first
+    step, which a single `hypergradient` is, solves to 1e-2 and 1e-1 whatever the target.
 
     Where the inner problem is a fixed point (`Mapping`, solved by `FixedPoint`), H is the Jacobian of
     `w - T(w)`, the system is with its transpose, and `linear_solver` defaults to GMRES.
@@ -105,6 +106,7 @@ class Implicit(AbstractEngine):
     target: Number | None = number(None, low=0.0, strict=True)
 
     needs_implicit = True
+    solves_once = True
     proximal = True
     fixed_points = True
 

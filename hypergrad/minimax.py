@@ -26,6 +26,7 @@ class AbstractMinimax(AbstractSingleLoop):
 
     outer_step: eqx.AbstractVar[Number | None]
 
+    anticipates = True
     measured = ()
 
     def __check_init__(self) -> None:

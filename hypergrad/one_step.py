@@ -39,6 +39,7 @@ class OneStep(AbstractEngine):
     estimate: bool | None = static(None)
 
     needs_implicit = True
+    solves_once = True
 
     def __check_init__(self) -> None:
         if isinstance(self.step_size, str) and self.step_size != "auto":

@@ -6,6 +6,7 @@ without recompiling. A number may also be given as a function of the outer step 
 
 import copy
 import dataclasses
+import typing
 from typing import Any, TypeVar
 
 import equinox as eqx
@@ -73,12 +74,20 @@ class Settings(eqx.Module):
             low = field.metadata.get("low")
             if isinstance(value, jax.Array) and not isinstance(value, Tracer):
                 _check_number(where, value, low, field.metadata.get("strict", False))
+            if "low" in field.metadata and isinstance(value, str) and not _takes(field.type, str):
+                raise TypeError(
+                    f"{where} must be a number or a function of the outer step, got {value!r}."
+                )
             int_low = field.metadata.get("int_low")
             if int_low is not None and value is not None:
                 if isinstance(value, bool) or not isinstance(value, int):
                     raise TypeError(f"{where} must be an integer, got {value!r}.")
                 if value < int_low:
                     raise ValueError(f"{where} must be at least {int_low}, got {value}.")
+
+
+def _takes(annotation: Any, kind: type) -> bool:
+    return kind in typing.get_args(annotation)
 
 
 def _check_number(where: str, value: Array, low: float | None, strict: bool) -> None:

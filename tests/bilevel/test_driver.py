@@ -116,6 +116,9 @@ def test_patience_tolerance_and_callback_stop(seed):
     )
     assert run(outer_tol=1e-3).stopped == "outer_tol"
     assert run(callback=lambda state, history: int(state.step) >= 40).stopped == "callback"
+    # A single loop begins with an adjoint, and here a direction, of zero.
+    first = {"num_steps": 2, "chunk": 1, "engine": bl.SOBA(step_size=1e-3), "throw": False}
+    assert bl.run(problem_of(case), case.lam, case.w, **first).stopped == "num_steps"
     stopped = run(patience=50)
     assert stopped.stopped == "patience" and len(stopped.history.status) < 1000
 

@@ -104,6 +104,7 @@ def test_settings_and_seeds_of_members(count_traces):
         (jnp.float64(1.0), {}, "leading axis of members"),
         ({"a": jnp.ones(2), "b": jnp.ones(3)}, {}, "leading axis of members"),
         (STARTS, {"halvings": 3}, "8 members and steps"),
+        (STARTS, {"time_limit": -1.0}, "time_limit must be a positive number of seconds"),
         (STARTS, {"engine": [bl.Implicit()] * 3}, "each of the 4 members, got 3"),
         (STARTS, {"engine": [bl.Implicit(), bl.OneStep()] * 2}, "in their numbers only"),
     ],

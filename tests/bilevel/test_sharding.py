@@ -199,6 +199,8 @@ def test_what_cannot_be_spread_is_refused():
     tasks = bl.Tasks(problem, np.zeros((3, 2)))
     with pytest.raises(TypeError, match=r"mesh must be a jax.sharding.Mesh, got 8"):
         bl.hypergradient(tasks, 1.0, np.zeros(2), mesh=8)
+    with pytest.raises(TypeError, match=r"mesh must be a jax.sharding.Mesh, got 2"):
+        bl.shard_rows(np.ones((4, 2)), 2)
     four = jax.sharding.AbstractMesh((4,), ("tasks",))
     with pytest.raises(ValueError, match=r"the 3 rows of data do not divide among the 4 devices"):
         bl.shard_rows(np.ones((3, 2)), four)

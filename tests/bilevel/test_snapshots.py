@@ -80,6 +80,7 @@ def test_the_binomial_schedule_is_the_best_there_is():
             assert most <= snapshots
     assert [counted(binomial, 256, s)[0] - 1 for s in (5, 9, 16)] == [1074, 738, 597]
     assert counted(binomial, 256, 13)[0] < counted(lazy_tree, 256, 4)[0]
+    assert counted(binomial, 1500, 1500)[0] == 1500  # all are kept: deeper than Python recurses
 
 
 RNG = np.random.default_rng(0)

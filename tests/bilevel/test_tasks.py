@@ -158,7 +158,7 @@ OTHERS = {
 }
 
 
-@pytest.mark.parametrize(("name", "lanes"), [("unrolled", 3), ("f2sa", 1)])
+@pytest.mark.parametrize(("name", "lanes"), [("unrolled", 3), ("f2sa", 1), ("f2sa", 2)])
 def test_other_engines_and_the_mean_of_closed_forms(name, lanes, data):
     engine, solver, tol = OTHERS[name]
     tasks = bl.Tasks(bl.Problem(inner, outer), data, lanes=lanes)
@@ -173,6 +173,26 @@ def test_other_engines_and_the_mean_of_closed_forms(name, lanes, data):
         error = abs(float(h.grad) - grad) / abs(float(h.grad))
         np.testing.assert_allclose(h.info.error_estimate, error, rtol=0.05)
         assert np.isnan(h.info.tasks.error_estimate).all()  # no hypergradient of theirs is kept
+
+
+def test_a_single_loop_on_few_lanes_solves_nothing_before(data):
+    tasks = bl.Tasks(bl.Problem(inner, outer), data)
+    engine = bl.SOBA(step_size=0.05)
+    one, two = (
+        bl.hypergradient(
+            dataclasses.replace(tasks, lanes=lanes), LAM, np.zeros(DIM), engine=engine, throw=False
+        )
+        for lanes in (None, 2)
+    )
+    np.testing.assert_allclose(two.w, one.w, rtol=1e-12)
+    np.testing.assert_array_equal(two.info.inner.num_steps, one.info.inner.num_steps)
+
+
+def test_tasks_of_an_engine_that_knows_multipliers(data):
+    tasks = bl.Tasks(bl.Problem(inner, outer), data)
+    engine = bl.LVHBA(step_size=0.01)
+    result = bl.run(tasks, LAM, np.zeros(DIM), engine=engine, num_steps=1, throw=False)
+    assert result.multipliers is None and len(result.history.status) == 1
 
 
 def test_shared_data_come_first_in_the_batch(data):

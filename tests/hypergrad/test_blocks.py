@@ -99,6 +99,9 @@ def test_steps_and_solution(hessian, seed):
     np.testing.assert_allclose(result.w, case.solution(case.optimum()), atol=1e-10)
     hvps = 2 if hessian == "linear" else 10
     assert whole.cost(4)[:2] == (4, hvps) and set(result.history.adjoint_steps) == {hvps}
+    steep = dataclasses.replace(problem, inner=lambda *at: 1e9 * problem.inner(*at))
+    result = run(steep, case, bl.BSVRB(0.1e-9, 0.2e-9, hessian=hessian), 20)
+    assert result.status == bl.Status.OK  # large Hessians are no divergence
     far = run(problem, case, dataclasses.replace(engine, step_size=jnp.asarray(50.0)), 40)
     assert far.status == bl.Status.DIVERGED
 

@@ -136,6 +136,10 @@ def test_what_is_said(seed):
         assert broken.status == bl.Status.NONFINITE
         with pytest.raises(ValueError, match="must be a positive number, got 'auto'"):
             type(engine)("auto")
+    stacked = jax.tree.map(lambda x: jnp.stack([x, x]), data)
+    with pytest.raises(ValueError, match="the lam of Tasks moves for all of them"):
+        tasks = bl.Tasks(bl.Problem(inner, outer), stacked)
+        bl.run(tasks, jnp.zeros(N), jnp.zeros(P_), engine=bl.Extragradient())
     short = bl.CGD(0.2, 0.1, bl.CG(max_steps=1))
     assert run(problem, short, 3, 0.1).status == bl.Status.MAX_STEPS
     far = run(problem, bl.Extragradient(9.0), 100, 9.0)

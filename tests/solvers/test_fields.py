@@ -70,6 +70,12 @@ def test_integers_are_refused_as_anything_else(cls, field, value):
         cls(**{field: value})
 
 
+@pytest.mark.parametrize(("cls", "field"), [(LBFGS, "steps"), (CG, "steps"), (CG, "rtol")])
+def test_words_are_refused_where_no_number_is_measured(cls, field):
+    with pytest.raises(TypeError, match=rf"{cls.__name__}\({field}=\.\.\.\) must be a number or"):
+        cls(**{field: "auto"})
+
+
 def test_numpy_integers_become_python_ones():
     assert type(CG(max_steps=np.int64(7)).max_steps) is int  # and equinox has nothing to warn of
 
