@@ -78,7 +78,7 @@ def test_engines_are_refused_that_need_second_derivatives_and_no_others(name):
         traced(engine, solver)
 
 
-@pytest.mark.parametrize("name", sorted({*SOLVERS} - {"fixedpoint", "optaxsolver"}))
+@pytest.mark.parametrize("name", sorted({*SOLVERS} - {"fixedpoint", "optaxsolver", "workingset"}))
 def test_solvers_too(name):
     cls, engine = SOLVERS[name], bl.F2SA()
     solver = cls() if cls is bl.Solved else cls(max_steps=3)
