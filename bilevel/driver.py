@@ -159,6 +159,8 @@ def run(
         )
         shapes = eqx.filter_eval_shape(begin, problem, w)
         empty = outer_steps.empty_record(problem, solver, engine, shapes, key)
+        if stream is not None:
+            stream.check(engine, solver, shapes)
         if pool is not None:
             state = pool.first_state(begin) if state is None else on_host(state)
         like = shapes if state is None else state

@@ -105,6 +105,12 @@ class Stream:
         )
         return self._loaded(_plan(self._unloaded().starts(self.key, 1), (1, 1)))
 
+    def check(self, engine: AbstractEngine, solver: Solver, shapes: RunState) -> None:
+        """Raises ValueError for an engine whose batches are not known ahead."""
+        eqx.filter_eval_shape(
+            _starts, *self._arguments(engine, solver, shapes), jnp.int32(0), jnp.int32(0)
+        )
+
     def load(
         self, engine: AbstractEngine, solver: Solver, state: RunState, length: int
     ) -> Streamed:
@@ -130,16 +136,18 @@ class Stream:
     def _planned(
         self, engine: AbstractEngine, solver: Solver, state: RunState, ahead: int, length: int
     ) -> _Plan:
-        own = state.engine
-        cycle = (own.order, own.count) if isinstance(engine, AbstractSingleLoop) else None
         numbers = jnp.int32(ahead), jnp.int32(length)
-        number = inner_batches(engine, solver, state.lam)
-        at = state.step, cycle, self.key, *numbers
-        found = _starts(engine, self._unloaded(), solver, *at, self.chunk, number)
+        found = _starts(*self._arguments(engine, solver, state), *numbers)
         slots = self._unloaded().slots()
         table = isinstance(engine, AbstractSingleLoop) and engine.estimator.has_table
         most = [one.num if table else one.num_rows for one in slots]
         return _plan(found, (min(found[0].size, most[0]), min(found[1].size, most[1])))
+
+    def _arguments(self, engine: AbstractEngine, solver: Solver, state: RunState) -> tuple:
+        own = state.engine
+        cycle = (own.order, own.count) if isinstance(engine, AbstractSingleLoop) else None
+        most = self.chunk, inner_batches(engine, solver, state.lam)
+        return (engine, self._unloaded(), solver, state.step, cycle, self.key, *most)
 
     def _unloaded(self) -> Streamed:
         rows = self.problem.rows()
@@ -187,10 +195,10 @@ def _starts(
     step: Array,
     cycle: tuple[Array, Array] | None,
     key: Array,
-    ahead: Array,
-    length: Array,
     size: int,
     number: int,
+    ahead: Array,
+    length: Array,
 ) -> tuple[Array, Array]:
     """First rows of the batches of `length <= size` steps from `step + ahead` on, (n,) for each level; -1 for none."""
     found = []
@@ -215,7 +223,8 @@ def _plan(starts: tuple[Array, Array], room: tuple[int, int]) -> _Plan:
 
 def _order(data: Any, key: Array) -> np.ndarray:
     """The order that `shuffled` puts the rows in."""
-    return np.asarray(_permutation(key, num_rows(data)))
+    # A copy: on CPU NumPy would look at the array of the device, and keep it.
+    return np.array(_permutation(key, num_rows(data)), np.int32)
 
 
 _permutation = jax.jit(jax.random.permutation, static_argnums=1)

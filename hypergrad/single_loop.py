@@ -192,7 +192,7 @@ class AbstractSingleLoop(AbstractEngine):
         `order` is that of the state, `problem` has shuffled rows. -1 where there is none: the shapes are those of
         `size` cycles. Of a table, the slots drawn in the cycle before are among them.
         """
-        tables = self.estimator.has_table
+        tables = int(self.estimator.has_table)
         cycles = jnp.arange(size + tables, dtype=jnp.int32)[:, None]
         counts, needed = first - tables + cycles, cycles < length + tables
         found: tuple[list, list] = ([], [])
