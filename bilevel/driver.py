@@ -141,8 +141,6 @@ def run(
         if getattr(engine, "memory_budget", None) is not None:
             own = fitted(outer_steps.take_steps, engine, *args).engine
         part, buffer, taken = outer_steps.program(own)(own, *args)
-        if stream is not None:
-            stream.fetch_ahead()  # the device is at work
         rows = jax.tree.map(lambda leaf, n=int(taken): np.asarray(leaf)[:n], buffer)
         part = retrying.again(tasks, scales, part, retries)
         return part if pool is None else pool.store(state, numbers, part), rows

@@ -1,7 +1,8 @@
 """Runs on more rows than a device holds: the data are in the host's memory, a chunk loads the batches that it takes."""
 
 import dataclasses
-from typing import Any, NamedTuple
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, NamedTuple, cast
 
 import equinox as eqx
 import jax
@@ -63,19 +64,19 @@ class _Sample(Problem):
 
 
 class _Plan(NamedTuple):
-    """Where the batches of some steps begin in the shuffled rows: ascending, each once; none where all rows are one."""
+    """The batches of some steps, for each level."""
 
-    inner: np.ndarray
-    outer: np.ndarray
+    starts: tuple[np.ndarray, np.ndarray]
+    """Where they begin in the shuffled rows: ascending, each once."""
     room: tuple[int, int]
-    """The most batches that so many steps may take: the shapes on the device depend on nothing else."""
+    """The most that so many steps may take: the shapes on the device depend on nothing else."""
 
 
 class Stream:
     """The rows of a problem in NumPy, and the batches of chunks on the device: those of this chunk and of the next.
 
     Which batches the steps of a run take follows from its key and their numbers: they are known before a chunk begins,
-    and those of the next are fetched while the device works on this one.
+    and those of the next are fetched by a thread while the device works on this one.
     """
 
     def __init__(self, problem: Problem, key: Array, chunk: int) -> None:
@@ -83,17 +84,28 @@ class Stream:
         self.end = 0
         """The step that a run ends before: nothing is fetched for it."""
         self._orders: tuple[np.ndarray, ...] = ()
-        self._next: _Plan | None = None
-        self._ahead: tuple[_Plan, Streamed] | None = None
+        # A thread, as a call of a compiled program returns when it is done. It ends with this object.
+        self._thread = ThreadPoolExecutor(1)
+        self._ahead: tuple[_Plan, Future[Streamed]] | None = None
+        # A thread does not see the settings that are made in `with` blocks of another.
+        self._device = cast(Any, jax.config).jax_default_device
+        self._dtypes = jax.tree.map(
+            lambda leaf: jax.dtypes.canonicalize_dtype(leaf.dtype), self._data()
+        )
 
     def sample(self) -> Problem:
         """One batch of each level on the device, that which `Problem` draws from the key of the run."""
-        keys = jax.random.fold_in(jax.random.fold_in(self.key, 0), 0), jax.random.fold_in(self.key, 1)  # fmt: skip
+        keys = [jax.random.fold_in(self.key, level) for level in (0, 1)]
+        keys[0] = jax.random.fold_in(keys[0], 0)  # its first batch
 
-        def batch(data: Any, size: int | None, key: Array) -> Any:
-            return data if size is None else _rows(data, np.asarray(random_rows(data, size, key)))
+        def batch(level: int) -> Any:
+            data, size = self._data()[level], self.problem.batch_size[level]
+            if size is None:
+                return data
+            stored = self._rows(level, np.asarray(random_rows(data, size, keys[level]))[None], 1)
+            return jax.tree.map(lambda leaf: leaf[0], stored)
 
-        inner, outer = map(batch, self._data(), self.problem.batch_size, keys)
+        inner, outer = batch(0), batch(1)
         return _Sample(**_fields(self.problem) | {"inner_data": inner, "outer_data": outer})
 
     def start(self) -> Any:
@@ -107,28 +119,24 @@ class Stream:
 
     def check(self, engine: AbstractEngine, solver: Solver, shapes: RunState) -> None:
         """Raises ValueError for an engine whose batches are not known ahead."""
-        eqx.filter_eval_shape(
-            _starts, *self._arguments(engine, solver, shapes), jnp.int32(0), jnp.int32(0)
-        )
+        zero = {"ahead": jnp.int32(0), "length": jnp.int32(0)}
+        eqx.filter_eval_shape(_starts, *self._arguments(engine, solver, shapes), **zero)
 
     def load(
         self, engine: AbstractEngine, solver: Solver, state: RunState, length: int
     ) -> Streamed:
-        """What the next `length` steps see, fetched ahead where it was."""
+        """What the next `length` steps see, fetched ahead where it was; those after them are now."""
         plan = self._planned(engine, solver, state, 0, length)
-        # Now, as computations on a device queue: later it would wait for the chunk.
-        step = int(state.step) + length
-        left = min(self.chunk, self.end - step)
-        self._next = self._planned(engine, solver, state, length, left) if left > 0 else None
         ahead, self._ahead = self._ahead, None
-        if ahead is not None and all(map(np.array_equal, ahead[0], plan)):
-            return ahead[1]
-        return self._loaded(plan)
-
-    def fetch_ahead(self) -> None:
-        """The batches of the chunk after the one that was loaded: to be called once that one is under way."""
-        if self._next is not None:
-            self._ahead = self._next, self._loaded(self._next)
+        found = None if ahead is None else ahead[1].result()
+        if ahead is None or not all(map(np.array_equal, ahead[0].starts, plan.starts)):
+            found = None  # a step failed, and the run is elsewhere: to be let go of first
+        found = self._loaded(plan) if found is None else found
+        left = min(self.chunk, self.end - int(state.step) - length)
+        if left > 0:
+            then = self._planned(engine, solver, state, length, left)
+            self._ahead = then, self._thread.submit(self._loaded, then)
+        return found
 
     def _data(self) -> tuple[Any, Any]:
         return self.problem.inner_data, self.problem.outer_data
@@ -136,14 +144,20 @@ class Stream:
     def _planned(
         self, engine: AbstractEngine, solver: Solver, state: RunState, ahead: int, length: int
     ) -> _Plan:
-        numbers = jnp.int32(ahead), jnp.int32(length)
-        found = _starts(*self._arguments(engine, solver, state), *numbers)
-        slots = self._unloaded().slots()
+        numbers = {"ahead": jnp.int32(ahead), "length": jnp.int32(length)}
+        found = _starts(*self._arguments(engine, solver, state), **numbers)
+        # Of a table, there are no other batches than its slots, and each is drawn again before long.
         table = isinstance(engine, AbstractSingleLoop) and engine.estimator.has_table
-        most = [one.num if table else one.num_rows for one in slots]
-        return _plan(found, (min(found[0].size, most[0]), min(found[1].size, most[1])))
+        slots, own = self._unloaded().slots(), table and not engine.wants_estimate()
+        inner, outer = (
+            min(rows.size, one.num if own else one.num_rows)
+            for rows, one in zip(found, slots, strict=True)
+        )
+        return _plan(found, (inner, outer))
 
-    def _arguments(self, engine: AbstractEngine, solver: Solver, state: RunState) -> tuple:
+    def _arguments(
+        self, engine: AbstractEngine, solver: Solver, state: RunState
+    ) -> tuple[Any, ...]:
         own = state.engine
         cycle = (own.order, own.count) if isinstance(engine, AbstractSingleLoop) else None
         most = self.chunk, inner_batches(engine, solver, state.lam)
@@ -164,17 +178,38 @@ class Stream:
 
     def _loaded(self, plan: _Plan) -> Streamed:
         made = []
-        of = zip(self._data(), self.problem.batch_size, self._orders, plan[:2], plan.room, strict=True)  # fmt: skip
-        for data, size, order, starts, room in of:
+        for level, size in enumerate(self.problem.batch_size):
             if size is None:
-                made.append(Slots(data, None, 1, True))
+                made.append(Slots(self._data()[level], None, 1, True))
                 continue
+            order, starts, room = self._orders[level], plan.starts[level], plan.room[level]
             rows = order[(starts[:, None] + np.arange(size)) % len(order)]
             filled = np.full(room, np.iinfo(np.int32).max, np.int32)
             filled[: len(starts)] = starts
-            stored = _rows(data, rows, room)
-            made.append(Loaded(stored, size, len(order), True, starts=jnp.asarray(filled)))
+            filled = jax.device_put(filled, self._device)
+            made.append(
+                Loaded(self._rows(level, rows, room), size, len(order), True, starts=filled)
+            )
         return self._streamed(tuple(made))
+
+    def _rows(self, level: int, rows: np.ndarray, room: int) -> Any:
+        """Batches of the rows with these numbers, (batches, size), on the device, with the dtypes of data there.
+
+        What is made has shape (room + 1, size, ...), NaN at the end.
+        """
+
+        def one(leaf: np.ndarray, dtype: np.dtype) -> Array:
+            # Always a new array: the device may work on one of NumPy's without copying it.
+            made = np.empty((room + 1, *rows.shape[1:], *leaf.shape[1:]), dtype)
+            if leaf.dtype == dtype:
+                np.take(leaf, rows, axis=0, out=made[: len(rows)], mode="clip")  # needs no buffer
+            else:
+                for i, numbers in enumerate(rows):
+                    made[i] = leaf[numbers]
+            made[len(rows) :] = _missing(dtype)
+            return jax.device_put(made, self._device)
+
+        return jax.tree.map(one, self._data()[level], self._dtypes[level])
 
 
 def inner_batches(engine: AbstractEngine, solver: Any, lam: Tree) -> int:
@@ -218,7 +253,7 @@ def _starts(
 def _plan(starts: tuple[Array, Array], room: tuple[int, int]) -> _Plan:
     found = [np.unique(np.asarray(rows)) for rows in starts]
     inner, outer = (rows[rows >= 0] for rows in found)
-    return _Plan(inner, outer, room)
+    return _Plan((inner, outer), room)
 
 
 def _order(data: Any, key: Array) -> np.ndarray:
@@ -228,26 +263,6 @@ def _order(data: Any, key: Array) -> np.ndarray:
 
 
 _permutation = jax.jit(jax.random.permutation, static_argnums=1)
-
-
-def _rows(data: Any, rows: np.ndarray, room: int | None = None) -> Any:
-    """The rows with these numbers on the device, with the dtypes that data on the device have.
-
-    `room`: `rows` has shape (batches, size), and what is made (room + 1, size, ...): NaN at the end.
-    """
-
-    def one(leaf: np.ndarray) -> Array:
-        dtype = jax.dtypes.canonicalize_dtype(leaf.dtype)
-        if room is None:
-            return jnp.asarray(leaf[rows].astype(dtype))
-        # Always a new array: the device may work on one of NumPy's without copying it.
-        made = np.empty((room + 1, rows.shape[1], *leaf.shape[1:]), dtype)
-        for i, numbers in enumerate(rows):
-            made[i] = leaf[numbers]
-        made[len(rows) :] = _missing(dtype)
-        return jax.device_put(made)
-
-    return jax.tree.map(one, data)
 
 
 def _missing(dtype: np.dtype) -> Any:

@@ -78,7 +78,7 @@ def test_chunks_files_and_resumed_runs_have_the_same_bits(data, key, tmp_path):
     counts, loads, loaded = [], [], stream.Stream._loaded
 
     def counted(self, plan):
-        loads.append(len(plan.inner))
+        loads.append(len(plan.starts[0]))
         return loaded(self, plan)
 
     mapped = np.memmap(tmp_path / "X", np.float64, "w+", shape=data[0][0].shape)
@@ -97,6 +97,14 @@ def test_chunks_files_and_resumed_runs_have_the_same_bits(data, key, tmp_path):
     one = run(data, "host", key, MOMENTUM, num_steps=4)
     two = run(data, "host", key, MOMENTUM, num_steps=8, state=one.state)
     same(dataclasses.replace(two, history=here.history), here)
+
+
+def test_settings_of_a_with_block_reach_the_thread_that_fetches(data, key):
+    """Here the precision: arrays of NumPy in double are single on the device."""
+    with jax.enable_x64(False):
+        here, there = (run(data, where, key, bl.SOBA(0.1)) for where in (None, "host"))
+        assert here.lam.dtype == np.float32
+    same(there, here)
 
 
 def test_a_run_goes_on_from_half_of_the_way_back_with_the_rows_of_its_step(data, key):
@@ -136,8 +144,6 @@ def test_a_batch_that_was_not_loaded_is_nan(data, key):
     inside, other = part._cut(start, 16), part._cut(start + 1, 16)
     jax.tree.map(np.testing.assert_array_equal, inside, whole._cut(start, 16))
     assert all(np.isnan(leaf).all() for leaf in jax.tree.leaves(other))
-    numbers = stream._rows(np.arange(9), np.zeros((1, 2), int), 1)
-    assert numbers[-1].tolist() == [np.iinfo(np.int64).max] * 2
 
 
 @pytest.mark.parametrize(
