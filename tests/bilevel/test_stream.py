@@ -11,6 +11,7 @@ import pytest
 import bilevel as bl
 from bilevel import stream
 from bilevel.problem import shuffled
+from hypergrad.levels import Slots
 
 ROWS, OUTER_ROWS, DIM = 400, 101, 3
 TRACES = [0]
@@ -122,7 +123,8 @@ def test_a_run_goes_on_from_half_of_the_way_back_with_the_rows_of_its_step(data,
     """After a failed step the next chunk begins elsewhere than was fetched ahead."""
     X = data[0][0].copy()
     order = np.asarray(jax.random.permutation(jax.random.fold_in(key, 0), ROWS + 1))
-    X[order[60:64]] = np.nan
+    seeds = run(data, None, key, bl.SOBA(0.1), num_steps=0).state.engine.order
+    X[order[int(Slots(None, 16, ROWS + 1, True).turn_start(seeds[0, 0], jnp.int32(3)))]] = np.nan
     bad = (X, data[0][1]), data[1]
     rule = {"retries": 40, "throw": False}
     with pytest.warns(RuntimeWarning, match="going on from half"):
