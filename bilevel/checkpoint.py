@@ -355,5 +355,8 @@ def _digest(tree: Any) -> str:
     for leaf in jax.tree.leaves(eqx.filter(tree, lambda x: isinstance(x, jax.Array | np.ndarray))):
         array = processes.whole(leaf)
         found.update(f"{leaf.dtype}{leaf.shape}".encode())
-        found.update(array.tobytes())
+        # By parts: a file that is mapped may be larger than the memory.
+        part = max(2**24 // max(array[:1].nbytes, 1), 1) if array.ndim else 1
+        for i in range(0, len(array) if array.ndim else 1, part):
+            found.update((array[i : i + part] if array.ndim else array).tobytes())
     return found.hexdigest()

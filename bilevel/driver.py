@@ -32,6 +32,7 @@ from bilevel.result import (
     join,
     verdict,
 )
+from bilevel.stream import streamed
 from hypergrad import AbstractEngine, BilevelProblem
 from hypergrad.base import Solver
 from solvers import Status
@@ -119,13 +120,19 @@ def run(
     time_limit = validation.seconds("time_limit", time_limit)
     key = jax.random.key(0) if key is None else key
     pool = pooled(problem, w, key, chunk)
+    stream = streamed(problem, key, chunk, mesh)
     sample, w = (problem, w) if pool is None else pool.sample()
+    sample = sample if stream is None else stream.sample()
     given = prepared(sample, lam, w, solver, engine, outer, transform, key, mesh, retries)
     engine, problem, solver, rule, scales, w, lam, key = given
+    identity = problem if pool is None else pool.tasks
+    identity = identity if stream is None else stream.problem
     team = processes.team(sharding.mesh_of(problem))
 
     def advance(state: RunState, length: int, estimate: bool) -> tuple[RunState, History]:
         tasks, part, numbers = (problem, state, None) if pool is None else pool.load(state, length)
+        if stream is not None:
+            tasks = stream.load(engine, solver, state, length)
         part = sharding.placed(tasks, part)
         sizes = jnp.int32(length), jnp.asarray(estimate), chunk
         args = (tasks, solver, rule, scales, part, key, *sizes)
@@ -138,17 +145,19 @@ def run(
         return part if pool is None else pool.store(state, numbers, part), rows
 
     with (
-        opened(checkpoint, resume, team, data=pool.tasks if pool else problem, key=key) as store,
+        opened(checkpoint, resume, team, data=identity, key=key) as store,
         Log(log if team.first else None) as journal,
     ):
         notes = None if store is None else store.notes
         problem = lane_choice.settled(engine, problem, solver, w, lam, key, notes)
-        problem = shuffled(problem, key)
+        problem = shuffled(problem, key) if stream is None else stream.start()
         begin = lambda problem, w: outer_steps.first_state(
             problem, solver, engine, rule, scales, w, lam, key
         )
         shapes = eqx.filter_eval_shape(begin, problem, w)
         empty = outer_steps.empty_record(problem, solver, engine, shapes, key)
+        if stream is not None:
+            stream.check(engine, solver, shapes)
         if pool is not None:
             state = pool.first_state(begin) if state is None else on_host(state)
         like = shapes if state is None else state
@@ -156,6 +165,8 @@ def run(
         if saved is None:
             state = begin(problem, w) if state is None else state
             saved = Saved(state, (), int(state.step), 0)
+        if stream is not None:
+            stream.end = saved.begin + num_steps
         journal.start(saved.begin, saved.history, resume)
         chunks = Chunks(
             advance,

@@ -31,6 +31,9 @@ class Problem(eqx.Module):
       batch_size: rows per batch, or a pair (inner, outer); None uses all rows. `run` takes batches from a
         shuffled copy of the data (memory: once more), without repeats within a pass. A loss that needs to
         know which rows it sees (one weight per example) takes `jnp.arange(n)` as part of its data.
+      data: "host" keeps the rows of a level with a batch size in the host's memory, in NumPy (`np.memmap` too): a chunk
+        of `run` loads the batches that it takes, those of the next while it works, and gives the numbers of None, all
+        on the device. For engines that work on batches alone, of one device.
       same_rows: both levels see the same batch, drawn once per outer step: rows that are tasks, each
         with its own training and test part and its own slice of `w` (batch_size, ...).
       inner_init: `(lam, batch) -> w`, where every inner solve starts, so that the outer variable can be
@@ -68,6 +71,7 @@ class Problem(eqx.Module):
     inner_data: Any = None
     outer_data: Any = None
     batch_size: Any = eqx.field(static=True, default=(None, None), kw_only=True)
+    data: str | None = eqx.field(static=True, default=None, kw_only=True)
     same_rows: bool = eqx.field(static=True, default=False, kw_only=True)
     inner_init: Callable[[Tree, Any], Tree] | None = eqx.field(
         static=True, default=None, kw_only=True
@@ -129,8 +133,15 @@ class Problem(eqx.Module):
             )
         self.constants = _constants(self.constants)
         self.batch_size = _pair(self.batch_size)
-        self.inner_data = as_arrays("inner_data", self.inner_data)
-        self.outer_data = as_arrays("outer_data", self.outer_data)
+        if self.data not in (None, "host"):
+            raise ValueError(f"Problem(data=...) must be 'host' or None, got {self.data!r}.")
+        if self.data and (self.same_rows or self.batch_size == (None, None)):
+            raise ValueError(
+                "data='host' loads batches of shuffled rows: expected a batch_size, and no same_rows."
+            )
+        here = [self.data is None or size is None for size in self.batch_size]
+        self.inner_data = as_arrays("inner_data", self.inner_data, on_device=here[0])
+        self.outer_data = as_arrays("outer_data", self.outer_data, on_device=here[1])
         levels = zip(("inner_data", "outer_data"), self.batch_size, strict=True)
         for name, size in levels:
             if size is None:
@@ -217,15 +228,29 @@ class Shuffled(Problem):
         )
 
     def inner_sampler(self, key: Array) -> Sampler:
-        level, slots = jax.random.fold_in(key, 0), self.slots()[0]
+        slots = self.slots()[0]
         if slots.size is None:
             return constant_sampler(self.inner_data)
-        seed = jax.random.bits(level, (), jnp.uint32)
+        seed = _seed(key, 0)
         return Sampler(lambda step: slots.turn(seed, jnp.asarray(step)), varies=True)
 
     def outer_batch(self, key: Array) -> Any:
-        seed = jax.random.bits(jax.random.fold_in(key, 1), (), jnp.uint32)
-        return self.slots()[1].turn(seed, jnp.int32(0))
+        return self.slots()[1].turn(_seed(key, 1), jnp.int32(0))
+
+    def starts(self, key: Array, number: int) -> tuple[Array, Array]:
+        """The first rows of `number` batches of `inner_sampler(key)` and that of `outer_batch(key)`, int32."""
+        levels = zip(self.slots(), (number, 1), (0, 1), strict=True)
+        inner, outer = (
+            jnp.zeros(0, jnp.int32)
+            if slots.size is None
+            else slots.turn_start(_seed(key, level), jnp.arange(count, dtype=jnp.int32))
+            for slots, count, level in levels
+        )
+        return inner, outer
+
+
+def _seed(key: Array, level: int) -> Array:
+    return jax.random.bits(jax.random.fold_in(key, level), (), jnp.uint32)
 
 
 def shuffled(problem: Any, key: Array, parts: tuple[int, int] | None = None) -> Any:

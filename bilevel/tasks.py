@@ -72,6 +72,8 @@ class Tasks(eqx.Module):
     def __post_init__(self) -> None:
         if not isinstance(self.problem, Problem):
             raise TypeError(f"Tasks(problem=...) must be a bilevel.Problem, got {self.problem!r}.")
+        if self.problem.data is not None:
+            raise ValueError("what tasks share is on the device: expected Problem(data=None).")
         on_device = self.pool is None
         self.task_data = as_arrays("task_data", self.task_data, of="Tasks", on_device=on_device)
         shapes = [leaf.shape for leaf in jax.tree.leaves(self.task_data)]

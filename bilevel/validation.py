@@ -230,6 +230,8 @@ def problem(value: Any) -> Any:
         raise TypeError(
             f"problem must be a bilevel.Problem or bilevel.Tasks, got {type(value).__name__}."
         )
+    if isinstance(value, Problem) and value.data is not None:
+        raise ValueError("data='host' is for bilevel.run: expected Problem(data=None).")
     return value
 
 

@@ -64,12 +64,16 @@ class Slots(eqx.Module):
         assert self.shuffled
         if self.size is None:
             return self.stored
+        return self._cut(self.turn_start(seed, count), self.size // self.parts)
+
+    def turn_start(self, seed: Array, count: Array) -> Array:
+        """The row, of those of a block, that the batch of `turn` begins with, int32."""
+        assert self.size is not None
         size, num_rows = self.size // self.parts, self.num_rows // self.parts
         rows, fit = jnp.uint32(num_rows), jnp.uint32(num_rows // size)
         count = count.astype(jnp.uint32)
         start = mixed(seed, count // fit) % rows + count % fit * jnp.uint32(size)
-        start = jnp.where(start >= rows, start - rows, start).astype(jnp.int32)
-        return self._cut(start, size)
+        return jnp.where(start >= rows, start - rows, start).astype(jnp.int32)
 
     def share(self, index: Array) -> Array:
         """The part of all rows that is in this slot."""
@@ -86,6 +90,33 @@ class Slots(eqx.Module):
             return fn(rows(size))
         last = index == self.num - 1
         return jax.lax.cond(last, lambda: fn(rows(short)), lambda: fn(rows(size)))
+
+
+class Loaded(Slots):
+    """Shuffled rows that stay on the host, of which some batches are on the device.
+
+    `stored` has shape (len(starts) + 1, size, ...), batch by batch. The last is for a batch that is not among them:
+    NaN, so that a step which asks for it fails.
+    """
+
+    starts: Array = eqx.field(kw_only=True)
+    """The row that each of these batches begins with, int32, ascending."""
+
+    @property
+    def data(self) -> Any:
+        raise ValueError(
+            "the problem has data='host', so that batches alone are on the device, but all rows at once were asked "
+            "for (SRBA, VRBO and every engine with the estimator SPIDER do): expected an engine that works on "
+            "batches, or data=None."
+        )
+
+    def _cut(self, start: Array | int, length: int) -> Any:
+        index = jnp.sum(self.starts < start, dtype=jnp.int32)
+        last = len(self.starts)
+        there = self.starts[jnp.minimum(index, last - 1)] == start
+        index = jnp.where(there, index, last)
+        batch = lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False)[:length]
+        return jax.tree.map(batch, self.stored)
 
 
 class Level(NamedTuple):
@@ -147,7 +178,14 @@ class Both(NamedTuple):
 
 
 class _AllRows(NamedTuple):
-    data: Both
+    inner: Slots
+    outer: Slots
+    bits: Array
+
+    @property
+    def data(self) -> Both:
+        below = self.inner.data
+        return Both(lambda _: below, self.outer.data, self.bits, True)
 
 
 def both_levels(problem: Any, key: Array, seeds: Array, count: Array, index: Array | int) -> Level:
@@ -156,17 +194,21 @@ def both_levels(problem: Any, key: Array, seeds: Array, count: Array, index: Arr
     own = seeds[index]
     if inner.slots is not None and inner.slots.shuffled:
         rows = inner.slots
-        draw = lambda number: rows.turn(mixed(own[0], jnp.asarray(number) + 1), count)
+        draw = lambda number: rows.turn(joint_seed(own, number), count)
     else:
         # The batches of single oracles have the keys 0, 1, ... of this step.
         draw = problem.inner_sampler(jax.random.fold_in(jax.random.fold_in(key, index), 1))
     slots = None
     if inner.slots is not None and outer.slots is not None:
-        below = inner.slots.data
-        slots = _AllRows(Both(lambda _: below, outer.slots.data, own[4], True))
+        slots = _AllRows(inner.slots, outer.slots, own[4])
     return Level(
         lambda: Both(draw, outer.draw(), mixed(own[3], count), False), cast(Any, slots), own[4]
     )
+
+
+def joint_seed(own: Array, number: Array | int) -> Array:
+    """Of the passes that inner batch `number` of a `Both` is taken from."""
+    return mixed(own[0], jnp.asarray(number) + 1)
 
 
 def mixed(seed: Array, count: Array | int) -> Array:

@@ -88,11 +88,11 @@ class AbstractSeries(AbstractSingleLoop):
             return Move({"w": after}, {"residual": tree.norm(oracles["g_w"])}, grad)
 
         if self.together:
-            return (Stage(joint, nothing, move_w, self.inner_steps, joint=True),)
+            return (Stage(joint, nothing, move_w, self.inner_steps, joint=self.terms),)
         direct = lambda oracles, point: Move({}, grad=oracles["hyper_lam"])
         return (
             Stage(slope, nothing, move_w, self.inner_steps),
-            Stage(joint, nothing, direct, joint=True),
+            Stage(joint, nothing, direct, joint=self.terms),
         )
 
     def _terms(self, batch: Both) -> tuple[Array | int, bool]:

@@ -18,7 +18,7 @@ from jax import Array
 from hypergrad.base import AbstractEngine, BilevelProblem, Hypergradient, Solver, make_info
 from hypergrad.derivatives import hessian_product
 from hypergrad.estimators import AbstractEstimator, Oracles, Point, Raw
-from hypergrad.levels import Level, both_levels, levels, seeds
+from hypergrad.levels import Level, both_levels, joint_seed, levels, mixed, seeds
 from solvers import SolveInfo, Status, tree
 from solvers.fields import Number, cast
 from solvers.linear.spectrum import largest_eigenvalue
@@ -46,8 +46,8 @@ class Stage(NamedTuple):
     """How often in a row, each time on fresh batches."""
     turns: Callable[[Array], Array] | None = None
     """How often of these it is in fact, by the number of the cycle; then it reports nothing."""
-    joint: bool = False
-    """Whether `inner` gets a `Both`, batches of both levels, and `outer` nothing."""
+    joint: int = 0
+    """Where not 0, `inner` gets a `Both`, batches of both levels, at most so many inner ones, and `outer` nothing."""
     first: Callable[[Point, Array], Point] | None = None
     """New values of some variables before the first of these, from a random key of the step."""
 
@@ -183,6 +183,45 @@ class AbstractSingleLoop(AbstractEngine):
             level = both_levels(problem, key, order, count, index)
             return level, level
         return levels(problem, key, order, count, index, self.pairs)
+
+    def starts(
+        self, problem: Any, order: Array, first: Array, length: Array, size: int
+    ) -> tuple[Array, Array]:
+        """The first rows of all batches that `length <= size` cycles from `first` on may take, int32, at each level.
+
+        `order` is that of the state, `problem` has shuffled rows. -1 where there is none: the shapes are those of
+        `size` cycles. Of a table, the slots drawn in the cycle before are among them.
+        """
+        tables = int(self.estimator.has_table)
+        cycles = jnp.arange(size + tables, dtype=jnp.int32)[:, None]
+        counts, needed = first - tables + cycles, cycles < length + tables
+        found: tuple[list, list] = ([], [])
+        place = 0
+        for stage in self.stages(problem, jnp.ones(())):
+            own = order[place : place + stage.times]
+            place += stage.times
+            if tables and stage.turns is not None:
+                raise ValueError(
+                    f"{type(self).__name__} leaves out turns, so which rows of a table come next is not known ahead: "
+                    "expected an estimator without tables, or Problem(data=None)."
+                )
+            inner = [own[:, 0], own[:, 1]] if self.pairs else [own[:, 0]]
+            if stage.joint:
+                inner = [joint_seed(own.T, number) for number in range(stage.joint)]
+            unused = (stage.inner is nothing, stage.outer is nothing and not stage.joint)
+            seeds = (jnp.concatenate(inner), own[:, 2])
+            for level, slots in enumerate(problem.slots()):
+                if slots.size is None or (unused[level] and not tables):
+                    continue
+                if tables:
+                    drawn = slots.draw(mixed(own[:, 3 + level][None], counts)) * slots.size
+                    starts = jnp.broadcast_to(drawn, (len(cycles), stage.times))
+                else:
+                    starts = slots.turn_start(seeds[level][None], counts)
+                found[level].append(jnp.where(needed, starts, -1).ravel())
+        empty = jnp.zeros(0, jnp.int32)
+        inner, outer = (jnp.concatenate([empty, *rows]) for rows in found)
+        return inner, outer
 
     def step(
         self,
