@@ -72,7 +72,9 @@ def table(timings: dict, reference: str, columns: dict[str, dict[str, Any]] | No
     for name, timing in timings.items():
         warm = timing["warm_seconds"]
         low, middle, high = (1e6 * warm[k] for k in ("min", "median", "max"))
-        extra = "  ".join(f"{key} {column[name]}" for key, column in (columns or {}).items())
+        extra = "  ".join(
+            f"{key} {column.get(name, '-')}" for key, column in (columns or {}).items()
+        )
         lines.append(
             f"{name:28s} {middle:9.1f} us [{low:.1f}, {high:.1f}]  x{relative[name]:.2f}"
             f" (CPU x{cpu[name]:.2f})  cold {timing['cold_seconds']:.2f} s  {extra}"

@@ -2,7 +2,8 @@
 
 A 64-128-10 network on digits, batches of 128, gradient descent with momentum, 6 outer variables: learning
 rate, momentum, and a decay for each weight and bias. The library's settings, forward mode, and the same
-training written by hand in JAX, and where it is given by PyTorch's autograd (memory: growth of the process). "less
+training written by hand in JAX, and where they are given by PyTorch's autograd, by hand and by TorchOpt's `MetaSGD`
+(which differentiates the decays only; memory: growth of the process). "less
 work" is one fixed batch without momentum: jaxopt's unrolled gradient descent, where it is given optimistix's with
 recursive checkpointing, and ours for the same. Then 100,000 steps of a small model.
 
@@ -18,6 +19,7 @@ import sys
 import time
 import warnings
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import harness
 import jax
@@ -131,20 +133,67 @@ def optimistix_unrolled(problem, w, steps):
     return jax.jit(jax.grad(trained))
 
 
-def torch_by_hand(problem, w, key, steps):
-    """The same training on the same batches by PyTorch, its graph kept."""
+class _TorchCase(NamedTuple):
+    """The training's batches, validation rows and start as tensors."""
+
+    X: Any
+    y: Any
+    val: tuple[Any, Any]
+    start: dict[str, Any]
+
+
+def torch_case(problem, w, key, steps) -> _TorchCase:
     import torch
 
     sampler = problem.inner_sampler(key)
     drawn = jax.jit(jax.vmap(sampler))(jnp.arange(steps))
     X, y = (torch.tensor(np.asarray(leaf)) for leaf in drawn)
-    y = y.long()
     val_X, val_y = (torch.tensor(np.asarray(leaf)) for leaf in problem.outer_data)
     start = {name: torch.tensor(np.asarray(leaf)) for name, leaf in w.items()}
+    return _TorchCase(X, y.long(), (val_X, val_y.long()), start)
 
-    def loss(w, X, y):
-        logits = torch.relu(X @ w["W1"] + w["b1"]) @ w["W2"] + w["b2"]
-        return torch.nn.functional.cross_entropy(logits, y)
+
+def torch_loss(w, X, y):
+    import torch
+
+    logits = torch.relu(X @ w["W1"] + w["b1"]) @ w["W2"] + w["b2"]
+    return torch.nn.functional.cross_entropy(logits, y)
+
+
+def torchopt_meta(case: _TorchCase):
+    """The same by TorchOpt's differentiable optimiser, in the decays alone."""
+    import torch
+    import torchopt
+
+    class Network(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            for name, x in case.start.items():
+                self.register_parameter(name, torch.nn.Parameter(x.clone()))
+
+        def forward(self, X, y):
+            return torch_loss({name: getattr(self, name) for name in case.start}, X, y)
+
+    def call():
+        decay = {
+            name: torch.tensor(float(x), requires_grad=True) for name, x in LAM["decay"].items()
+        }
+        net = Network()
+        rule = torchopt.MetaSGD(net, lr=float(LAM["rate"]), momentum=float(LAM["momentum"]))
+        for X, y in zip(case.X, case.y, strict=True):
+            penalty = sum(decay[name] * (getattr(net, name) ** 2).sum() for name in decay)
+            rule.step(net(X, y) + 0.5 * penalty)
+        found = torch.autograd.grad(net(*case.val), [decay[name] for name in sorted(decay)])
+        return [jnp.asarray(g.item()) for g in found]
+
+    return call
+
+
+def torch_by_hand(case: _TorchCase):
+    """The same training on the same batches by PyTorch, its graph kept."""
+    import torch
+
+    X, y, val, start = case
 
     def call():
         leaf = lambda x: torch.tensor(float(x), requires_grad=True)
@@ -152,14 +201,14 @@ def torch_by_hand(problem, w, key, steps):
         decay = {name: leaf(x) for name, x in LAM["decay"].items()}
         w = {name: x.clone().requires_grad_() for name, x in start.items()}
         m = {name: torch.zeros_like(x) for name, x in w.items()}
-        for i in range(steps):
+        for i in range(len(X)):
             penalty = sum(decay[name] * (w[name] ** 2).sum() for name in w)
-            value = loss(w, X[i], y[i]) + 0.5 * penalty
+            value = torch_loss(w, X[i], y[i]) + 0.5 * penalty
             grads = torch.autograd.grad(value, list(w.values()), create_graph=True)
             m = {name: momentum * m[name] + g for name, g in zip(w, grads, strict=True)}
             w = {name: w[name] - rate * m[name] for name in w}
         leaves = [decay[name] for name in sorted(decay)] + [momentum, rate]
-        found = torch.autograd.grad(loss(w, val_X, val_y.long()), leaves)
+        found = torch.autograd.grad(torch_loss(w, *val), leaves)
         return [jnp.asarray(g.item()) for g in found]  # in the order of jax.tree.leaves(LAM)
 
     return call
@@ -235,8 +284,11 @@ def main() -> None:
     programs, memory = {}, {}
     if importlib.util.find_spec("torch"):
         # First, while the process is small, so that its growth is that of the graph.
-        programs["torch, by hand"] = torch_by_hand(problem, w, key, args.steps)
+        case = torch_case(problem, w, key, args.steps)
+        programs["torch, by hand"] = torch_by_hand(case)
         memory["torch, by hand"] = process_growth(programs["torch, by hand"])
+        if importlib.util.find_spec("torchopt"):
+            programs["torchopt (decays)"] = torchopt_meta(case)  # its growth would be hidden
     hands = {"scan": (0, False), "each step": (1, False), "sqrt and step": (2, False)}
     for name, options in (hands | {"sqrt, rows at once": (2, True)}).items():
         grad = by_hand(problem, w, key, args.steps, *options)
@@ -277,7 +329,8 @@ def main() -> None:
     def check(name, grad):
         if name.endswith("(less work)"):
             return
-        pairs = zip(jax.tree.leaves(grad), reference, strict=True)
+        found = jax.tree.leaves(grad)  # the decays come first
+        pairs = zip(found, reference[: len(found)], strict=True)
         off[name] = max(float(abs(a - b) / abs(b)) for a, b in pairs)
         assert off[name] < 0.02, (name, off[name])
 
