@@ -331,3 +331,18 @@ def test_far_out_nothing_counts_as_rounding():
     w, _, info = solver_loops.solve(solver, objective, w, state, constant_sampler(None))
     assert jnp.all(jnp.abs(w) > 1e17)
     assert info.status == Status.MAX_STEPS
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_a_blank_state_is_like_the_first_and_measures_nothing(name):
+    """What `restart` ignores is zeros; where it carries something over, it is the state of `init`."""
+    solver = SOLVERS[name](3, TOL)
+    loss = lambda w, args, batch: jnp.sum((w - 1.0) ** 2)
+    objective, w = Objective(loss), jnp.arange(3.0)
+    first = jax.jit(lambda w: solver.init(objective, w, None))(w)
+    blank = jax.jit(lambda w: solver.blank(objective, w, None))(w)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), blank) == jax.tree.map(
+        lambda x: (x.shape, x.dtype), first
+    )
+    expected = first if name in ("lbfgs", "optax") else jax.tree.map(jnp.zeros_like, first)
+    jax.tree.map(np.testing.assert_array_equal, blank, expected)
