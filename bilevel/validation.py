@@ -242,11 +242,9 @@ def losses(problem: Any, w: Any, lam: Any) -> None:
         first = lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype)
         w = jax.tree.map(first, w)
         problem = Task(problem.problem, jax.tree.map(first, problem.task_data))
-    if isinstance(problem, Problem) and problem.batch_size == (None, None):
-        inner_batch, outer_batch = (
-            problem.inner_data,
-            problem.outer_data,
-        )  # the common case: no trace
+    if isinstance(problem, Problem):  # no trace, which takes milliseconds in every call
+        data = problem.inner_data, problem.outer_data
+        inner_batch, outer_batch = map(_batch, data, problem.batch_size)
     else:
         inner_batch = eqx.filter_eval_shape(lambda p, k: p.inner_sampler(k)(0), problem, key)
         outer_batch = eqx.filter_eval_shape(lambda p, k: p.outer_batch(k), problem, key)
@@ -270,6 +268,14 @@ def losses(problem: Any, w: Any, lam: Any) -> None:
         for value in jax.tree.leaves(eqx.filter_eval_shape(constraints, problem, w, lam)):
             if not jnp.issubdtype(value.dtype, jnp.floating):
                 raise ValueError(f"constraints must be floating point, got {_describe(value)}.")
+
+
+def _batch(data: Any, size: int | None) -> Any:
+    """What a loss sees of the data: `size` rows, or all of them."""
+    if size is None:
+        return data
+    rows = lambda leaf: jax.ShapeDtypeStruct((size, *leaf.shape[1:]), leaf.dtype)
+    return jax.tree.map(rows, data)
 
 
 @functools.lru_cache(maxsize=256)
