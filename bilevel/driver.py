@@ -7,7 +7,6 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax import Array
 from jax.sharding import Mesh
@@ -30,6 +29,7 @@ from bilevel.result import (
     RunState,
     finished,
     join,
+    unpacked,
     verdict,
 )
 from bilevel.stream import streamed
@@ -140,7 +140,7 @@ def run(
         if getattr(engine, "memory_budget", None) is not None:
             own = fitted(outer_steps.take_steps, engine, *args).engine
         part, buffer, taken = outer_steps.program(own)(own, *args)
-        rows = jax.tree.map(lambda leaf, n=int(taken): np.asarray(leaf)[:n], buffer)
+        rows = jax.tree.map(lambda leaf, n=int(taken): leaf[:n], unpacked(buffer, empty))
         part = retrying.again(tasks, scales, part, retries)
         return part if pool is None else pool.store(state, numbers, part), rows
 

@@ -11,7 +11,7 @@ from jax import Array
 from bilevel import in_order, transforms
 from bilevel.calls import can_estimate, engine_step, estimated, init_engine
 from bilevel.outer.base import Evaluation, OuterMethod, at_accuracy
-from bilevel.result import Best, History, RunState, packed, record, unpacked
+from bilevel.result import Best, History, RunState, packed, record
 from hypergrad import AbstractEngine, Hypergradient
 from solvers import Status, tree
 from solvers.optax_solver import optax_init, optax_update
@@ -53,8 +53,8 @@ def steps(
     length: Array,
     estimate: Array,
     size: int,
-) -> tuple[RunState, History, Array]:
-    """`length <= size` outer steps (fewer where one fails), their history, and how many were taken.
+) -> tuple[RunState, dict[str, Array], Array]:
+    """`length <= size` outer steps (fewer where one fails), their history as `packed`, and how many were taken.
 
     `estimate`, boolean of shape (): whether the last step gets an error estimate.
     """
@@ -73,7 +73,7 @@ def steps(
     judged = can_estimate(problem, solver, engine) and not isinstance(rule, OuterMethod)
 
     def body(carry):
-        state, _, buffer, taken = carry
+        state, *_, buffer, taken = carry
         h, engine_state = engine_at(state)
         buffer = {
             dtype: jax.lax.dynamic_update_index_in_dim(buffer[dtype], row, taken, 0)
@@ -87,50 +87,48 @@ def steps(
         best = tree.where(better, Best(state.lam, h.w, value, state.step, margin), last_best)
         worst = jnp.where(good, state.worst, h.info.status)
         moved = RunState(state.step + 1, lam, h.w, engine_state, outer_state, best, worst)
-        # A hypergradient that cannot be trusted moves nothing.
-        stayed = state._replace(step=state.step + 1, worst=worst)
-        if not engine.rewinds:
-            stayed = stayed._replace(engine=engine_state)
         last = (state.lam, h) if judged else None
-        return _select(good, moved, stayed), last, buffer, taken + 1
+        return moved, state, last, buffer, taken + 1
 
     h_shape, _ = eqx.filter_eval_shape(engine_at, state)
     empty = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), h_shape)
-    entries = record(empty)
     buffer = {
-        dtype: jnp.zeros((size, *row.shape), row.dtype) for dtype, row in packed(entries).items()
+        dtype: jnp.zeros((size, *row.shape), row.dtype)
+        for dtype, row in packed(record(empty)).items()
     }
     last = (state.lam, empty) if judged else None
-    state, last, buffer, taken = jax.lax.while_loop(
-        is_open, body, (state, last, buffer, jnp.int32(0))
+    moved, before, last, buffer, taken = jax.lax.while_loop(
+        is_open, body, (state, state, last, buffer, jnp.int32(0))
     )
-    history = unpacked(buffer, entries)
+    # A hypergradient that cannot be trusted moves nothing. It ends the loop, so one look after it will do.
+    stayed = before._replace(step=moved.step, worst=moved.worst)
+    if not engine.rewinds:
+        stayed = stayed._replace(engine=moved.engine)
+    state = jax.lax.cond(moved.worst <= Status.MAX_STEPS, lambda: moved, lambda: stayed)
 
-    def with_verdict() -> tuple[Array, History]:
+    def with_verdict() -> tuple[Array, dict[str, Array]]:
         assert last is not None
         (lam, h), step = last, state.step - 1
         step_key = jax.random.fold_in(key, step)
-        info = estimated(problem, solver, engine, lam, h, state.engine, step_key, step).info
-        index = taken - 1
-        rows = history._replace(
-            error_estimate=history.error_estimate.at[index].set(info.error_estimate),
-            curvature=history.curvature.at[index].set(info.curvature),
-            status=history.status.at[index].set(info.status),
-        )
-        worst = jnp.where(info.status > Status.MAX_STEPS, info.status, jnp.int32(0))
+        h = estimated(problem, solver, engine, lam, h, state.engine, step_key, step)
+        rows = {
+            dtype: jax.lax.dynamic_update_index_in_dim(buffer[dtype], row, taken - 1, 0)
+            for dtype, row in packed(record(h)).items()
+        }
+        worst = jnp.where(h.info.status > Status.MAX_STEPS, h.info.status, jnp.int32(0))
         return jnp.maximum(state.worst, worst), rows
 
     if judged:
-        worst, history = jax.lax.cond(estimate, with_verdict, lambda: (state.worst, history))
+        worst, buffer = jax.lax.cond(estimate, with_verdict, lambda: (state.worst, buffer))
         state = state._replace(worst=worst)
-    return state, history, taken
+    return state, buffer, taken
 
 
 take_steps = eqx.filter_jit(steps)
 _take_in_order = in_order.jit(steps)
 
 
-def program(engine: AbstractEngine) -> Callable[..., tuple[RunState, History, Array]]:
+def program(engine: AbstractEngine) -> Callable[..., tuple[RunState, dict[str, Array], Array]]:
     """Short steps, those of engines that solve nothing, run their operations in order."""
     return take_steps if engine.uses_solver or not in_order.known() else _take_in_order
 
@@ -177,8 +175,3 @@ def point(rule, scales, state: RunState) -> Tree:
         return state.lam
     _, unflatten = tree.flatten(transforms.inverse(scales, state.lam))
     return transforms.forward(scales, unflatten(rule.point(state.outer)))
-
-
-def _select(condition: Array, x: Any, y: Any) -> Any:
-    """`where` for trees that may hold random keys; an array that is in both is taken as it is."""
-    return jax.tree.map(lambda a, b: a if a is b else jax.lax.select(condition, a, b), x, y)

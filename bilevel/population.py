@@ -20,7 +20,7 @@ from bilevel.outer.base import OuterMethod
 from bilevel.prepared import Prepared, prepared
 from bilevel.problem import shuffled
 from bilevel.progress import Progress
-from bilevel.result import BilevelError, History, Result, RunState, finished, join
+from bilevel.result import BilevelError, History, Result, RunState, finished, join, unpacked
 from hypergrad import AbstractEngine, BilevelProblem
 from hypergrad.base import Solver
 from solvers import Status
@@ -136,10 +136,10 @@ def run_population(
     ) -> tuple[PopulationState, History]:
         sizes = jnp.int32(steps), jnp.asarray(estimate), chunk
         active = np.array(state.active)
-        new, rows, _ = _advance(
+        new, buffer, _ = _advance(
             stacked, problem, rule, scales, state.members, jnp.asarray(active), *sizes
         )
-        rows = jax.tree.map(lambda leaf: np.asarray(leaf).T[:steps], rows)
+        rows = jax.tree.map(lambda leaf: leaf.T[:steps], unpacked(buffer, empty))
         done = int(state.step) + steps
         active &= np.asarray(new.worst) <= Status.MAX_STEPS
         if done in rungs[:-1]:
@@ -260,11 +260,11 @@ def _advance(
     length: Array,
     estimate: Array,
     size: int,
-) -> tuple[RunState, History, Array]:
-    """`length` steps of each active member: states, histories (members, size), and how many steps were taken."""
+) -> tuple[RunState, dict[str, Array], Array]:
+    """`length` steps of each active member: states, `packed` histories (members, size, entries), and steps taken."""
     arrays, rest = eqx.partition(stacked, eqx.is_array)
 
-    def one(member: tuple[Prepared, RunState, Array]) -> tuple[RunState, History, Array]:
+    def one(member: tuple[Prepared, RunState, Array]) -> tuple[RunState, dict[str, Array], Array]:
         own, state, on = member
         p = eqx.combine(own, rest)
         go = lambda: outer_steps.steps(

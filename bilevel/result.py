@@ -191,6 +191,6 @@ def packed(entries: History) -> dict[str, Array]:
 
 
 def unpacked(buffer: dict[str, Array], entries: History) -> History:
-    """The history back from vectors of each dtype, stacked over steps."""
-    columns = {dtype: iter(jnp.moveaxis(rows, 1, 0)) for dtype, rows in buffer.items()}
+    """The history back, in NumPy: leaves (..., steps, entries of a dtype) become entries (..., steps)."""
+    columns = {dtype: iter(np.moveaxis(np.asarray(rows), -1, 0)) for dtype, rows in buffer.items()}
     return History(*(next(columns[str(entry.dtype)]) for entry in entries))
