@@ -6,7 +6,6 @@ from typing import Any
 
 import equinox as eqx
 import jax
-import jax.numpy as jnp
 import optax
 from jax import Array
 from jax.sharding import Mesh
@@ -15,7 +14,6 @@ from bilevel import lane_choice, outer_steps, processes, sharding, validation
 from bilevel import retries as retrying
 from bilevel.checkpoint import Saved, opened
 from bilevel.chunks import Chunks
-from bilevel.footprint import fitted
 from bilevel.log import Log
 from bilevel.outer.base import OuterMethod
 from bilevel.pool import on_host, pooled
@@ -134,12 +132,8 @@ def run(
         if stream is not None:
             tasks = stream.load(engine, solver, state, length)
         part = sharding.placed(tasks, part)
-        sizes = jnp.int32(length), jnp.asarray(estimate), chunk
-        args = (tasks, solver, rule, scales, part, key, *sizes)
-        own = engine
-        if getattr(engine, "memory_budget", None) is not None:
-            own = fitted(outer_steps.take_steps, engine, *args).engine
-        part, buffer, taken = outer_steps.program(own)(own, *args)
+        args = (engine, tasks, solver, rule, scales, part, key, length, estimate, chunk)
+        part, buffer, taken = outer_steps.advance(*args)
         rows = jax.tree.map(lambda leaf, n=int(taken): leaf[:n], unpacked(buffer, empty))
         part = retrying.again(tasks, scales, part, retries)
         return part if pool is None else pool.store(state, numbers, part), rows

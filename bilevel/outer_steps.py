@@ -8,14 +8,22 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from bilevel import in_order, transforms
+from bilevel import transforms
 from bilevel.calls import can_estimate, engine_step, estimated, init_engine
+from bilevel.compiler_options import IN_ORDER, QUICK, known
+from bilevel.compiler_options import jit as jit_with
+from bilevel.footprint import fitted
 from bilevel.outer.base import Evaluation, OuterMethod, at_accuracy
 from bilevel.result import Best, History, RunState, packed, record
 from hypergrad import AbstractEngine, Hypergradient
 from solvers import Status, tree
 from solvers.optax_solver import optax_init, optax_update
 from solvers.types import Tree
+
+Rows = dict[str, Array]
+"""A history as `packed`, stacked over steps."""
+Last = tuple[Tree, Hypergradient] | None
+"""The outer variable and hypergradient of the last step, where an estimate may be asked for."""
 
 
 @eqx.filter_jit
@@ -51,13 +59,9 @@ def steps(
     state: RunState,
     key: Array,
     length: Array,
-    estimate: Array,
     size: int,
-) -> tuple[RunState, dict[str, Array], Array]:
-    """`length <= size` outer steps (fewer where one fails), their history as `packed`, and how many were taken.
-
-    `estimate`, boolean of shape (): whether the last step gets an error estimate.
-    """
+) -> tuple[RunState, Rows, Array, Last]:
+    """`length <= size` outer steps (fewer where one fails), their history, how many were taken, and the last one."""
 
     def engine_at(state: RunState):
         step_key = jax.random.fold_in(key, state.step)
@@ -70,7 +74,7 @@ def steps(
         state, *_, taken = carry
         return (taken < length) & (state.worst <= Status.MAX_STEPS)
 
-    judged = can_estimate(problem, solver, engine) and not isinstance(rule, OuterMethod)
+    judged = _can_judge(problem, solver, engine, rule)
 
     def body(carry):
         state, *_, buffer, taken = carry
@@ -105,32 +109,71 @@ def steps(
     if not engine.rewinds:
         stayed = stayed._replace(engine=moved.engine)
     state = jax.lax.cond(moved.worst <= Status.MAX_STEPS, lambda: moved, lambda: stayed)
+    return state, buffer, taken, last
 
-    def with_verdict() -> tuple[Array, dict[str, Array]]:
-        assert last is not None
-        (lam, h), step = last, state.step - 1
-        step_key = jax.random.fold_in(key, step)
-        h = estimated(problem, solver, engine, lam, h, state.engine, step_key, step)
-        rows = {
-            dtype: jax.lax.dynamic_update_index_in_dim(buffer[dtype], row, taken - 1, 0)
-            for dtype, row in packed(record(h)).items()
-        }
-        worst = jnp.where(h.info.status > Status.MAX_STEPS, h.info.status, jnp.int32(0))
-        return jnp.maximum(state.worst, worst), rows
 
-    if judged:
-        worst, buffer = jax.lax.cond(estimate, with_verdict, lambda: (state.worst, buffer))
-        state = state._replace(worst=worst)
+def _can_judge(problem, solver, engine, rule) -> bool:
+    return can_estimate(problem, solver, engine) and not isinstance(rule, OuterMethod)
+
+
+def with_verdict(
+    engine, problem, solver, state: RunState, key: Array, buffer: Rows, taken: Array, last: Last
+) -> tuple[RunState, Rows]:
+    """State and history with the error estimate of the last step, at least one of which was taken."""
+    assert last is not None
+    (lam, h), step = last, state.step - 1
+    step_key = jax.random.fold_in(key, step)
+    h = estimated(problem, solver, engine, lam, h, state.engine, step_key, step)
+    buffer = {
+        dtype: jax.lax.dynamic_update_index_in_dim(buffer[dtype], row, taken - 1, 0)
+        for dtype, row in packed(record(h)).items()
+    }
+    worst = jnp.where(h.info.status > Status.MAX_STEPS, h.info.status, jnp.int32(0))
+    return state._replace(worst=jnp.maximum(state.worst, worst)), buffer
+
+
+def judged_steps(
+    engine, problem, solver, rule, scales, state: RunState, key, length, estimate: Array, size: int
+) -> tuple[RunState, Rows, Array]:
+    """`steps`, the last one with its error estimate where `estimate`, a boolean of shape (), is true."""
+    state, buffer, taken, last = steps(
+        engine, problem, solver, rule, scales, state, key, length, size
+    )
+    if last is not None:
+        judge = lambda: with_verdict(engine, problem, solver, state, key, buffer, taken, last)
+        state, buffer = jax.lax.cond(estimate, judge, lambda: (state, buffer))
     return state, buffer, taken
 
 
 take_steps = eqx.filter_jit(steps)
-_take_in_order = in_order.jit(steps)
+_take_in_order = jit_with(steps, IN_ORDER)
+_take_judged = eqx.filter_jit(judged_steps)
+_judge = eqx.filter_jit(with_verdict)
+_judge_seldom = jit_with(with_verdict, QUICK)
+
+SELDOM = 10
+"""Steps in a chunk from which on an estimate's compilation takes longer than its runs."""
 
 
-def program(engine: AbstractEngine) -> Callable[..., tuple[RunState, dict[str, Array], Array]]:
+def program(engine: AbstractEngine) -> Callable[..., tuple[RunState, Rows, Array, Last]]:
     """Short steps, those of engines that solve nothing, run their operations in order."""
-    return take_steps if engine.uses_solver or not in_order.known() else _take_in_order
+    return take_steps if engine.uses_solver or not known(IN_ORDER) else _take_in_order
+
+
+def advance(
+    engine, problem, solver, rule, scales, state: RunState, key, length: int, estimate: bool, size
+) -> tuple[RunState, Rows, Array]:
+    """`judged_steps`, compiled. The estimate is a program of its own, for the run that never asks for one."""
+    args = (problem, solver, rule, scales, state, key, jnp.int32(length))
+    if getattr(engine, "memory_budget", None) is not None:
+        # What is within the budget is one program with all there is to do.
+        args = (*args, jnp.asarray(estimate), size)
+        return _take_judged(fitted(_take_judged, engine, *args).engine, *args)
+    state, buffer, taken, last = program(engine)(engine, *args, size)
+    if estimate and last is not None:
+        judge = _judge_seldom if size >= SELDOM and known(QUICK) else _judge
+        state, buffer = judge(engine, problem, solver, state, key, buffer, taken, last)
+    return state, buffer, taken
 
 
 def _outer_step(

@@ -260,14 +260,14 @@ def _advance(
     length: Array,
     estimate: Array,
     size: int,
-) -> tuple[RunState, dict[str, Array], Array]:
+) -> tuple[RunState, outer_steps.Rows, Array]:
     """`length` steps of each active member: states, `packed` histories (members, size, entries), and steps taken."""
     arrays, rest = eqx.partition(stacked, eqx.is_array)
 
-    def one(member: tuple[Prepared, RunState, Array]) -> tuple[RunState, dict[str, Array], Array]:
+    def one(member: tuple[Prepared, RunState, Array]) -> tuple[RunState, outer_steps.Rows, Array]:
         own, state, on = member
         p = eqx.combine(own, rest)
-        go = lambda: outer_steps.steps(
+        go = lambda: outer_steps.judged_steps(
             p.engine, problem, p.solver, rule, scales, state, p.key, length, estimate, size
         )
         shapes = jax.eval_shape(go)[1]

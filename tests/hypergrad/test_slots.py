@@ -66,7 +66,7 @@ def test_table_is_updated_in_place():
     )
     problem, engine = shuffled(problem, key), bl.SABA(0.1)
     state = outer_steps.first_state(problem, None, engine, rule, scales, case.w, case.lam, key)
-    sizes = jnp.int32(5), jnp.asarray(False), 5
+    sizes = jnp.int32(5), 5
     program = (
         outer_steps.program(engine)
         .lower(engine, problem, None, rule, scales, state, key, *sizes)
