@@ -17,8 +17,8 @@ class HOAG(OuterMethod):
 
     With Delta the length of the last step and eps its tolerance, a value below
     `F_last + eps/4 + (5/4) eps_last Delta - L Delta^2` makes L 0.95 times as large, one above
-    `F_last + 0.2 |F_last|` doubles L, halves the tolerances and goes back. `tolerance` is a number or a function of the step;
-    the default is `0.1 / (step + 1)^2`.
+    `F_last + 0.2 |F_last|` doubles L, halves the tolerances and goes back. `tolerance` is a number or a
+    function of the step; the default is `0.1 / (step + 1)^2`.
 
     Source: Pedregosa 2016. Its code takes each accepted step twice and after a rejection stays where the
     bad value was; here it is one step, and back to the last point.

@@ -314,6 +314,13 @@ def test_starts_from_the_outer_variable_and_random_keys(seed):
             ValueError,
             "inner loss failed",
         ),
+        (
+            lambda p: bl.hypergradient(
+                bl.Tasks(p, {name: np.ones((3, 3, 3)) for name in "Hbc"}), LAM, np.zeros(3)
+            ),
+            ValueError,
+            "one of 3 tasks: a w whose arrays all have that many rows",
+        ),
     ],
 )
 def test_bad_tasks_are_refused(make, error, match):
