@@ -14,8 +14,15 @@ from solvers.types import constant_sampler
 
 
 def engine_names() -> tuple[str, ...]:
-    """Names that `--engine` takes: not `es`, whose moves of a penalty are not on its own scale."""
-    return tuple(name for name in ENGINES if name != "es")
+    """Names that `--engine` takes.
+
+    Not `es`, whose moves of a penalty are not on its own scale, nor those for other problems: games, and many inner
+    problems with data of their own.
+    """
+    others = ("es", "bsvrb")
+    return tuple(
+        name for name, engine in ENGINES.items() if name not in others and not engine.anticipates
+    )
 
 
 def make_engine(name: str) -> Any:

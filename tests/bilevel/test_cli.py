@@ -81,6 +81,8 @@ TUNE = {
     "unknown column": ("good.csv --target z", "no column 'z'"),
     "unknown column of a bundled set": ("iris --target z", "no column 'z'"),
     "unknown engine": ("good.csv --target y --engine magic", "unknown engine 'magic'"),
+    "engine for games": ("good.csv --target y --engine cgd", "unknown engine 'cgd'"),
+    "engine for blocks": ("good.csv --target y --engine bsvrb", "unknown engine 'bsvrb'"),
     "too many coefficients for exact": ("digits --engine exact", "3250 coefficients"),
     "unknown option": ("good.csv --target y --frobnicate", "--frobnicate"),
     "seed": ("good.csv --target y --seed 1.5", "--seed"),
