@@ -16,13 +16,10 @@ from solvers.types import constant_sampler
 def engine_names() -> tuple[str, ...]:
     """Names that `--engine` takes.
 
-    Not `es`, whose moves of a penalty are not on its own scale, nor those for other problems: games, and many inner
-    problems with data of their own.
+    Not `es`, whose moves of a penalty are not on its own scale, nor those that solve nothing: a command takes tens of
+    steps, and they take thousands.
     """
-    others = ("es", "bsvrb")
-    return tuple(
-        name for name, engine in ENGINES.items() if name not in others and not engine.anticipates
-    )
+    return tuple(name for name, engine in ENGINES.items() if name != "es" and engine.uses_solver)
 
 
 def make_engine(name: str) -> Any:
