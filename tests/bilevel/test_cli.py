@@ -145,6 +145,7 @@ CLEAN = {
     "regression target": ("regression.csv --target y --trusted 10", "expected classes"),
     "unknown engine": ("good.csv --target y --trusted 10 --engine magic", "unknown engine"),
     "engine for long runs": ("good.csv --target y --trusted 10 --engine soba", "'soba'"),
+    "too many weights for forward": ("wine --trusted 24 --engine forward", "of the 92 weights"),
     "too many coefficients for exact": ("digits --trusted 100 --engine exact", "650 coeff"),
     "nan": ("nan.csv --target y --trusted 10", "missing values"),
     "out not empty": ("good.csv --target y --trusted 10 --out full", "not empty"),
