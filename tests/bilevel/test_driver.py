@@ -95,6 +95,16 @@ def test_transform_projection_schedule_best_and_history(seed):
     assert float(bl.run(boxed, {"a": 5.0}, 0.0, num_steps=200).lam["a"]) == 1.0
 
 
+def test_a_start_outside_of_the_projection_is_projected():
+    """It might have the best value of all, and be no answer."""
+    loss = lambda w, lam, batch: 0.5 * (w - lam) ** 2
+    outer = lambda w, lam, batch: w**2
+    problem = bl.Problem(loss, outer, outer_projection=lambda lam: jnp.maximum(lam, 1.0))
+    result = bl.run(problem, 0.0, 0.0, num_steps=2, outer=optax.sgd(0.1))
+    assert result.best.lam == result.lam == 1.0
+    np.testing.assert_allclose(result.history.outer_value, 1.0, rtol=1e-5)
+
+
 def test_failure_stops_and_moves_nothing(seed):
     """The outer loss is NaN below lam = 1: the run stops there with the last good lam."""
     inner = lambda w, lam, batch: 0.5 * (w - lam) ** 2
