@@ -21,7 +21,7 @@ import numpy as np
 
 from bilevel import processes
 from bilevel.processes import Team
-from bilevel.result import History, join
+from bilevel.result import History, RunState, join
 from bilevel.tuning.files import load_arrays
 from bilevel.tuning.output import put, versions
 
@@ -127,14 +127,8 @@ class Store:
         self, path: Path, meta: dict[str, Any], arrays: list[np.ndarray], state: Any, history: Any
     ) -> Saved:
         leaves, treedef = jax.tree.flatten((state, history))
-        was, now = dict(meta["leaves"]), dict(_describe((state, history)))
         where = f"{str(path)!r} is of another run: "
-        for name in {**was, **now}:
-            if was.get(name) != now.get(name):
-                raise ValueError(
-                    f"{where}{name} is {was.get(name, 'absent')} there and {now.get(name, 'absent')} "
-                    "here; expected the same problem, solver, engine and outer rule, or another directory."
-                )
+        _same(where, meta["leaves"], _describe((state, history)), "or another directory")
         for name, digest in self.identity.items():
             if meta["identity"].get(name) != digest:
                 raise ValueError(
@@ -323,11 +317,35 @@ def _versions() -> dict[str, str]:
     }
 
 
+def check_state(state: Any, like: RunState) -> None:
+    """Raise TypeError where `state` is none of a run, ValueError where it is one of a run unlike this."""
+    if not isinstance(state, RunState):
+        raise TypeError(
+            f"state must be result.state of an earlier run, got {type(state).__name__}."
+        )
+    was, now = _describe_state(state), _describe_state(like)
+    _same("state is of another run: ", was, now, "the same retries=..., or no state")
+
+
+def _same(where: str, was: Any, now: Any, remedy: str) -> None:
+    was, now = dict(was), dict(now)
+    for name in {**was, **now}:
+        if was.get(name) != now.get(name):
+            raise ValueError(
+                f"{where}{name} is {was.get(name, 'absent')} there and {now.get(name, 'absent')} "
+                f"here; expected the same problem, solver, engine and outer rule, {remedy}."
+            )
+
+
+def _describe_state(state: Any) -> list[tuple[str, str]]:
+    named = [(f"state{jax.tree_util.keystr(path)}", leaf) for path, leaf in _leaves(state)]
+    return [(name, f"{leaf.dtype}{list(leaf.shape)}") for name, leaf in named]
+
+
 def _describe(tree: tuple[Any, History]) -> list[tuple[str, str]]:
     """Name and type of each leaf; the length of the history is no part of it."""
     state, history = tree
-    named = [(f"state{jax.tree_util.keystr(path)}", leaf) for path, leaf in _leaves(state)]
-    found = [(name, f"{leaf.dtype}{list(leaf.shape)}") for name, leaf in named]
+    found = _describe_state(state)
     named = [(f"history{jax.tree_util.keystr(path)}", leaf) for path, leaf in _leaves(history)]
     return found + [(name, str(leaf.dtype)) for name, leaf in named]
 

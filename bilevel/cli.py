@@ -271,6 +271,7 @@ def _run_clean(options: argparse.Namespace) -> int:
             )
         split = clean_split(table, count, options.train, options.seed)
         _check_engine(options.engine, len(table.classes) * (len(table.features) + 1))
+        _check_forward(options.engine, len(split.train))
         from bilevel.tuning.clean import clean
 
         return _compute(
@@ -304,6 +305,15 @@ def _check_engine(name: str, coefficients: int) -> None:
         raise InputError(
             f"--engine exact has dense matrices, here for {coefficients} coefficients of all fits at once; "
             f"expected at most {MAX_EXACT}, or --engine implicit"
+        )
+
+
+def _check_forward(name: str, weights: int) -> None:
+    from bilevel.tuning.engines import make_engine
+
+    if name == "forward" and weights > (limit := make_engine(name).limit):
+        raise InputError(
+            f"--engine forward takes at most {limit} of the {weights} weights of training rows; expected another engine"
         )
 
 

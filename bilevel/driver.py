@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from bilevel import lane_choice, outer_steps, processes, sharding, validation
 from bilevel import retries as retrying
-from bilevel.checkpoint import Saved, opened
+from bilevel.checkpoint import Saved, check_state, opened
 from bilevel.chunks import Chunks
 from bilevel.log import Log
 from bilevel.outer.base import OuterMethod
@@ -116,6 +116,8 @@ def run(
     if patience is not None:
         patience = validation.count("patience", patience, 1)
     time_limit = validation.seconds("time_limit", time_limit)
+    outer_tol = validation.tolerance("outer_tol", outer_tol)
+    validation.function("callback", callback)
     key = jax.random.key(0) if key is None else key
     pool = pooled(problem, w, key, chunk)
     stream = streamed(problem, key, chunk, mesh)
@@ -152,6 +154,8 @@ def run(
         empty = outer_steps.empty_record(problem, solver, engine, shapes, key)
         if stream is not None:
             stream.check(engine, solver, shapes)
+        if state is not None and pool is None:
+            check_state(state, shapes)
         if pool is not None:
             state = pool.first_state(begin) if state is None else on_host(state)
         like = shapes if state is None else state

@@ -23,7 +23,11 @@ class Task(eqx.Module):
         self.inner, self.outer = problem.inner, problem.outer
 
     def __getattr__(self, name: str) -> Any:
-        if name in ("inner_init", "inner_hvp", "inner_prox", "constants", "batch_size"):
+        shared = (
+            *("inner_init", "inner_hvp", "inner_prox", "inner_penalty"),
+            *("constants", "batch_size"),
+        )
+        if name in shared:
             return getattr(self.problem, name)
         raise AttributeError(name)
 

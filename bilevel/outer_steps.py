@@ -28,6 +28,7 @@ Last = tuple[Tree, Hypergradient] | None
 
 @eqx.filter_jit
 def first_state(problem, solver, engine, rule, scales, w, lam, key) -> RunState:
+    lam = (getattr(problem, "outer_projection", None) or (lambda lam: lam))(lam)
     u = transforms.inverse(scales, lam)
     infinity = jnp.full((), jnp.inf, tree.accumulation_dtype(w))
     return RunState(

@@ -107,10 +107,16 @@ def run_population(
     num_steps = validation.count("num_steps", num_steps, 1)
     halvings = validation.count("halvings", halvings, 0)
     time_limit = validation.seconds("time_limit", time_limit)
+    validation.function("callback", callback)
     if 2**halvings > min(count, num_steps):
         raise ValueError(
             f"halvings={halvings} asks for {2**halvings} members and steps or more, got {count} members and "
             f"num_steps={num_steps}."
+        )
+    if getattr(problem, "pool", None) is not None or getattr(problem, "lanes", None) == "auto":
+        raise ValueError(
+            "a pool of tasks and lanes='auto' are for bilevel.run: expected Tasks(pool=None), and a number of lanes or "
+            "None."
         )
     key = jax.random.key(0) if key is None else key
     starts = [jax.tree.map(lambda leaf, i=i: leaf[i], lam) for i in range(count)]

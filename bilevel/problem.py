@@ -60,7 +60,7 @@ class Problem(eqx.Module):
         else holds `w` or `lam`).
       second_order: False where the losses have no second derivatives (or must not be asked for them):
         engines, solvers and settings that need one are then refused.
-      outer_projection: `lam -> lam`, applied after each outer step, on the natural scale.
+      outer_projection: `lam -> lam`, applied before the first outer step of a run and after each, on the natural scale.
 
     Raises TypeError or ValueError for losses that are not callable, data that are not numeric or empty,
     and batch sizes that do not fit.

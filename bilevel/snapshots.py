@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from bilevel import validation
+from bilevel import sharding, validation
 from bilevel.result import BilevelError
 from bilevel.tasks import Tasks
 from hypergrad import BilevelProblem, Hypergradient, Unrolled
@@ -82,6 +82,7 @@ def replay(
     if validation.is_traced(problem, lam, w, solver, key):
         raise TypeError("replay works from Python: inside jit or vmap use the engine Unrolled.")
     validation.losses(problem, w, lam)
+    w, (lam, key) = sharding.by_task(problem, w), sharding.on_all(problem, (lam, key))
     at_lam = make_solver(solver, lam)
     if has_prox(problem):
         check_proximal(at_lam)

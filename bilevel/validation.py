@@ -45,6 +45,19 @@ def seconds(name: str, value: Any) -> Any:
     raise ValueError(f"{name} must be a positive number of seconds, got {value!r}.")
 
 
+def tolerance(name: str, value: Any) -> Any:
+    """A number of at least 0."""
+    if isinstance(value, int | float | np.number | np.ndarray | jax.Array) and value >= 0:
+        return value
+    raise ValueError(f"{name} must be a number of at least 0, got {value!r}.")
+
+
+def function(name: str, value: Any) -> None:
+    """Raises TypeError for what is neither a function nor None."""
+    if value is not None and not callable(value):
+        raise TypeError(f"{name} must be a function or None, got {value!r}.")
+
+
 def variables(name: str, tree: Any) -> Any:
     """A variable as strongly typed floating-point arrays, each leaf with its own dtype.
 
@@ -238,7 +251,12 @@ def problem(value: Any) -> Any:
 def losses(problem: Any, w: Any, lam: Any) -> None:
     """Both losses must take these shapes and give a floating-point scalar. Cached by loss and shapes."""
     key = jax.random.key(0)
+    hint = ""
     if isinstance(problem, Tasks):
+        hint = (
+            f" This is the w of one of {problem.count} tasks: a w whose arrays all have that many rows is taken as a "
+            "start for each, any other as one start for all."
+        )
         first = lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype)
         w = jax.tree.map(first, w)
         problem = Task(problem.problem, jax.tree.map(first, problem.task_data))
@@ -251,7 +269,7 @@ def losses(problem: Any, w: Any, lam: Any) -> None:
     for name, batch in (("inner", inner_batch), ("outer", outer_batch)):
         leaves, treedef = jax.tree.flatten((w, lam, batch))
         shapes = tuple((leaf.shape, str(leaf.dtype)) for leaf in leaves)
-        _check_loss(getattr(problem, name), name, treedef, shapes)
+        _check_loss(getattr(problem, name), name, treedef, shapes, hint)
     prox = getattr(problem, "inner_prox", None)
     if prox is not None:
         leaves, treedef = jax.tree.flatten((w, lam))
@@ -279,7 +297,7 @@ def _batch(data: Any, size: int | None) -> Any:
 
 
 @functools.lru_cache(maxsize=256)
-def _check_loss(loss: Any, name: str, treedef: Any, shapes: tuple[Any, ...]) -> None:
+def _check_loss(loss: Any, name: str, treedef: Any, shapes: tuple[Any, ...], hint: str) -> None:
     structs = [jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)) for shape, dtype in shapes]
     w, lam, batch = jax.tree.unflatten(treedef, structs)
     try:
@@ -293,12 +311,12 @@ def _check_loss(loss: Any, name: str, treedef: Any, shapes: tuple[Any, ...]) -> 
     except Exception as error:
         raise ValueError(
             f"the {name} loss failed on w {_describe(w)}, lam {_describe(lam)}, batch "
-            f"{_describe(batch)}: {type(error).__name__}: {error}"
+            f"{_describe(batch)}: {type(error).__name__}: {error}.{hint}"
         ) from error
     scalar = getattr(result, "shape", None) == ()
     if not scalar or not jnp.issubdtype(result.dtype, jnp.floating):
         raise ValueError(
-            f"the {name} loss must return a floating-point scalar, got {_describe(result)}."
+            f"the {name} loss must return a floating-point scalar, got {_describe(result)}.{hint}"
         )
 
 

@@ -115,6 +115,10 @@ class Implicit(AbstractEngine):
             raise ValueError(
                 f"Implicit(damping=...) must be a number or 'auto', got {self.damping!r}."
             )
+        if not isinstance(self.refine_rtol, int | float) or not self.refine_rtol > 0:
+            raise ValueError(
+                f"Implicit(refine_rtol=...) must be a positive number, got {self.refine_rtol!r}."
+            )
         if self.warm_start not in ("last", "newton", "extrapolated"):
             raise ValueError(
                 "Implicit(warm_start=...) must be 'last', 'newton' or 'extrapolated', got "

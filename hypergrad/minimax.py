@@ -115,7 +115,7 @@ class CGD(AbstractMinimax):
     `linear_solver`: CG by products with D and D', or `Dense()` for a small `lam`; its status is the step's.
 
     Class: `inner = -outer`; converges on bilinear F at any steps, and where own curvatures are at most about
-    1 / s and 1 / r. With batches its mean is not the step on all rows.
+    1 / s and 1 / r. With batches its mean is not the step on all rows. Refuses an `outer_projection`.
     Cost per step: two gradients, two products with D, and two for each step of the solve (the history has all).
     Memory: some copies of `w` and `lam`.
     Source: Schaefer and Anandkumar 2019; two steps instead of one.
@@ -133,6 +133,12 @@ class CGD(AbstractMinimax):
         return {}
 
     def stages(self, problem: BilevelProblem, size: Array) -> tuple[Stage, ...]:
+        if getattr(problem, "outer_projection", None) is not None:
+            # w would answer a move that the projection undoes: it ends where dF/dw is not zero.
+            raise ValueError(
+                "CGD has w answer the whole move of lam: expected a problem without outer_projection, or the engine "
+                "Extragradient."
+            )
         rate = self._outer_step(size)
         key = jax.random.key(0)  # for solvers that draw a sketch
 

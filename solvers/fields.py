@@ -78,6 +78,9 @@ class Settings(eqx.Module):
                 raise TypeError(
                     f"{where} must be a number or a function of the outer step, got {value!r}."
                 )
+            flag = field.type is bool or (_takes(field.type, bool) and value is not None)
+            if flag and not isinstance(value, bool):
+                raise TypeError(f"{where} must be True or False, got {value!r}.")
             int_low = field.metadata.get("int_low")
             if int_low is not None and value is not None:
                 if isinstance(value, bool) or not isinstance(value, int):

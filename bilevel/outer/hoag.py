@@ -16,9 +16,9 @@ class HOAG(OuterMethod):
     """Gradient steps of length 1/L with an L that adapts, inner and adjoint tolerance `tolerance(step)`.
 
     With Delta the length of the last step and eps its tolerance, a value below
-    `F_last + eps/4 + (5/4) eps_last Delta - L Delta^2` makes L 0.95 times as large, one above 1.2 times the
-    last doubles L, halves the tolerances and goes back. `tolerance` is a number or a function of the step;
-    the default is `0.1 / (step + 1)^2`.
+    `F_last + eps/4 + (5/4) eps_last Delta - L Delta^2` makes L 0.95 times as large, one above
+    `F_last + 0.2 |F_last|` doubles L, halves the tolerances and goes back. `tolerance` is a number or a
+    function of the step; the default is `0.1 / (step + 1)^2`.
 
     Source: Pedregosa 2016. Its code takes each accepted step twice and after a rejection stays where the
     bad value was; here it is one step, and back to the last point.
@@ -58,7 +58,8 @@ class HOAG(OuterMethod):
         L = jnp.where(start, first, state.lipschitz)
         moved = jnp.linalg.norm(at.u - state.u)
         fell = at.value <= state.value + eps / 4 + 1.25 * state.eps * moved - L * moved**2
-        worse = ~start & (at.value >= 1.2 * state.value)
+        # 1.2 times the last value, also where that is negative.
+        worse = ~start & (at.value >= state.value + 0.2 * jnp.abs(state.value))
         L = jnp.where(worse, 2 * L, jnp.where(~start & fell, 0.95 * L, L))
         u = jnp.where(worse, state.u, at.u)
         grad = jnp.where(worse, state.grad, at.grad)

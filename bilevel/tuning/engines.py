@@ -14,8 +14,12 @@ from solvers.types import constant_sampler
 
 
 def engine_names() -> tuple[str, ...]:
-    """Names that `--engine` takes: not `es`, whose moves of a penalty are not on its own scale."""
-    return tuple(name for name in ENGINES if name != "es")
+    """Names that `--engine` takes.
+
+    Not `es`, whose moves of a penalty are not on its own scale, nor those that solve nothing: a command takes tens of
+    steps, and they take thousands.
+    """
+    return tuple(name for name, engine in ENGINES.items() if name != "es" and engine.uses_solver)
 
 
 def make_engine(name: str) -> Any:

@@ -95,6 +95,16 @@ def test_transform_projection_schedule_best_and_history(seed):
     assert float(bl.run(boxed, {"a": 5.0}, 0.0, num_steps=200).lam["a"]) == 1.0
 
 
+def test_a_start_outside_of_the_projection_is_projected():
+    """It might have the best value of all, and be no answer."""
+    loss = lambda w, lam, batch: 0.5 * (w - lam) ** 2
+    outer = lambda w, lam, batch: w**2
+    problem = bl.Problem(loss, outer, outer_projection=lambda lam: jnp.maximum(lam, 1.0))
+    result = bl.run(problem, 0.0, 0.0, num_steps=2, outer=optax.sgd(0.1))
+    assert result.best.lam == result.lam == 1.0
+    np.testing.assert_allclose(result.history.outer_value, 1.0, rtol=1e-5)
+
+
 def test_failure_stops_and_moves_nothing(seed):
     """The outer loss is NaN below lam = 1: the run stops there with the last good lam."""
     inner = lambda w, lam, batch: 0.5 * (w - lam) ** 2
@@ -166,6 +176,10 @@ def test_bad_calls_are_refused(change, error, match):
         (lambda: bl.Problem(fit, fit, np.ones(3), np.ones(3), batch_size=4), ValueError, "larger"),
         (lambda: bl.Problem(fit, fit, np.ones(3), batch_size=(0, None)), ValueError, "at least 1"),
         (lambda: bl.Implicit(damping=-1.0), ValueError, r"Implicit\(damping=...\)"),
+        (lambda: bl.Implicit(refine_rtol=0.0), ValueError, r"Implicit\(refine_rtol=...\)"),
+        (lambda: bl.Implicit(refine_rtol="1"), ValueError, r"Implicit\(refine_rtol=...\)"),
+        (lambda: bl.Implicit(estimate="no"), TypeError, "must be True or False"),
+        (lambda: bl.Implicit(refine=None), TypeError, "must be True or False"),
         (lambda: bl.F2SA(nu=0.0), ValueError, r"F2SA\(nu=...\)"),
         (lambda: bl.LBFGS(max_steps=0), ValueError, r"LBFGS\(max_steps=...\)"),
         (lambda: bl.CG(rtol=float("nan")), ValueError, "NaN"),
@@ -175,6 +189,25 @@ def test_bad_calls_are_refused(change, error, match):
 def test_bad_settings_are_refused(make, error, match):
     with pytest.raises(error, match=match):
         make()
+
+
+@pytest.mark.parametrize("outer_tol", [-1.0, float("nan"), "small"])
+def test_bad_settings_of_a_run_are_refused_before_it(outer_tol):
+    never = lambda w, lam, batch: pytest.fail("traced")
+    with pytest.raises(ValueError, match="outer_tol must be a number of at least 0"):
+        bl.run(bl.Problem(never, never), 1.0, 1.0, outer_tol=outer_tol)
+    with pytest.raises(TypeError, match="callback must be a function or None"):
+        bl.run(bl.Problem(never, never), 1.0, 1.0, callback=1)
+
+
+def test_the_state_of_another_run_is_refused():
+    run = lambda **kw: bl.run(bl.Problem(fit, fit), **(GOOD | {"num_steps": 0} | kw))
+    state = run().state
+    with pytest.raises(TypeError, match="state must be result.state"):
+        run(state=run())
+    for change in ({"retries": 1}, {"outer": optax.sgd(1.0)}, {"w": jnp.ones(2)}):
+        with pytest.raises(ValueError, match="state is of another run: state.* is .* there and"):
+            run(state=state, **change)
 
 
 def test_throwing_inside_a_trace_names_the_way_out():

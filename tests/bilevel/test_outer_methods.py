@@ -9,6 +9,7 @@ import optax
 import pytest
 
 import bilevel as bl
+from bilevel.outer.base import Evaluation
 from bilevel.outer.line_search import _Memory, inverse_hessian
 
 ROWS, SIZE = 300, 6
@@ -79,6 +80,14 @@ def test_less_work_than_a_schedule(quadratic):
     assert gap(hoag.lam) < 0.1 * gap(np.ones(SIZE))  # it works, too
     assert gap(adaptive.lam) < gap(hoag.lam)
     assert work(adaptive) < 0.5 * work(hoag)
+
+
+@pytest.mark.parametrize(("last", "value", "kept"), [(-1, -1.1, 1), (-1, -0.7, 0), (1, 1.3, 0)])
+def test_hoag_goes_back_where_the_value_rose_whatever_its_sign(last, value, kept):
+    method = bl.HOAG()
+    old = method.init(jnp.zeros(2))._replace(count=jnp.int32(1), value=jnp.asarray(float(last)))
+    at = Evaluation(jnp.ones(2), jnp.ones(2), *map(jnp.asarray, (0.0, value, value, 0.0)))
+    np.testing.assert_array_equal(method.update(at, old, lambda u: u)[1].u, kept)
 
 
 def test_a_loose_hypergradient_moves_nothing(quadratic):

@@ -114,6 +114,16 @@ def test_bad_input(lam, changes, match):
         population(lam, **changes)
 
 
+def test_what_a_population_would_not_do_is_refused():
+    with pytest.raises(TypeError, match="callback must be a function or None"):
+        population(STARTS, callback=1)
+    loss = lambda w, lam, batch: lam * batch * w**2
+    for settings in ({"pool": "host", "per_step": 2}, {"lanes": "auto"}):
+        tasks = bl.Tasks(bl.Problem(loss, loss), np.ones(3), **settings)
+        with pytest.raises(ValueError, match="are for bilevel.run"):
+            bl.run_population(tasks, STARTS, jnp.zeros(3))
+
+
 def test_a_break_and_chunks_change_no_bit(tmp_path):
     """Two halvings, one of them before the break; a callback sees the members, and ends the runs."""
     halved, seen = population(halvings=2), []

@@ -137,6 +137,11 @@ for found in (spread, wide):
         pair = getattr(found.history, name), getattr(expected.history, name)
         np.testing.assert_allclose(*pair, rtol=1e-6)
 
+rows = [bl.shard_rows(level, mesh) for level in (train, test)]
+short = {"solver": bl.GradientDescent(0.5, max_steps=3), "block": 2, "throw": False}
+pair = [bl.replay(bl.Problem(penalised, loss, *data), lam, w, **short) for data in (rows, (train, test))]
+np.testing.assert_allclose(pair[0].grad, pair[1].grad, rtol=1e-5)
+
 # Batches: as many rows from each device, which has its own in an order of its own; a pass repeats none.
 from bilevel.problem import shuffled
 from bilevel.sharding import spread as spread_over

@@ -188,6 +188,24 @@ def test_a_single_loop_on_few_lanes_solves_nothing_before(data):
     np.testing.assert_array_equal(two.info.inner.num_steps, one.info.inner.num_steps)
 
 
+def test_tasks_of_a_nonsmooth_problem_in_a_single_loop(data):
+    """The penalty behind the prox is part of each task's direction."""
+    kinks = {
+        "inner_prox": bl.prox.l1,
+        "inner_penalty": lambda w, lam: lam * jnp.sum(jnp.abs(w)),
+    }
+    call = lambda problem: bl.hypergradient(
+        problem, LAM, np.ones(DIM), engine=bl.MEHA(0.05), throw=False
+    )
+    each = []
+    for i in range(2):
+        task = {name: rows[i] for name, rows in data.items()}
+        each.append(float(call(bl.Problem(inner, outer, task, task, **kinks)).grad))
+    rows = {name: rows[:2] for name, rows in data.items()}
+    mean = call(bl.Tasks(bl.Problem(inner, outer, **kinks), rows)).grad
+    np.testing.assert_allclose(mean, np.mean(each), rtol=1e-12)
+
+
 def test_tasks_of_an_engine_that_knows_multipliers(data):
     tasks = bl.Tasks(bl.Problem(inner, outer), data)
     engine = bl.LVHBA(step_size=0.01)
@@ -295,6 +313,13 @@ def test_starts_from_the_outer_variable_and_random_keys(seed):
             lambda p: bl.hypergradient(bl.Tasks(p, np.ones(3)), LAM, np.zeros(2)),
             ValueError,
             "inner loss failed",
+        ),
+        (
+            lambda p: bl.hypergradient(
+                bl.Tasks(p, {name: np.ones((3, 3, 3)) for name in "Hbc"}), LAM, np.zeros(3)
+            ),
+            ValueError,
+            "one of 3 tasks: a w whose arrays all have that many rows",
         ),
     ],
 )

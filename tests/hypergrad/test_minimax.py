@@ -112,6 +112,8 @@ def test_the_projection_also_holds_the_point_ahead(seed):
         result.w, np.linalg.solve(data["Q"], data["A"].T @ np.full(N, 9.0) + data["b"]), atol=1e-9
     )
     np.testing.assert_array_equal(result.state.engine.own["lam_ahead"] >= 9.0, True)
+    with pytest.raises(ValueError, match="CGD has w answer the whole move of lam"):
+        run(problem, ENGINES["cgd"], 1, 0.1)
 
 
 @pytest.mark.parametrize("engine", [bl.Implicit(), bl.Unrolled(), bl.F2SA(1e-3)], ids=repr)

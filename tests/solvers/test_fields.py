@@ -21,6 +21,7 @@ from solvers import (
     Nystrom,
     NystromPreconditioner,
     OptaxSolver,
+    ProximalGradient,
 )
 from solvers.fields import Schedule, at_step
 from solvers.static_function import StaticFunction
@@ -68,6 +69,11 @@ def test_values_out_of_bounds_are_refused_by_name(cls, field, value):
 def test_integers_are_refused_as_anything_else(cls, field, value):
     with pytest.raises(TypeError, match=rf"{cls.__name__}\({field}=\.\.\.\) must be an integer"):
         cls(**{field: value})
+
+
+def test_flags_are_refused_as_anything_else():
+    with pytest.raises(TypeError, match=r"\(accelerate=\.\.\.\) must be True or False, got 'no'"):
+        ProximalGradient(accelerate="no")
 
 
 @pytest.mark.parametrize(("cls", "field"), [(LBFGS, "steps"), (CG, "steps"), (CG, "rtol")])
