@@ -26,7 +26,8 @@ class WorkingSet(AbstractInnerSolver):
 
     `objective.restrict(args, batch, indices) -> (args, batch)` gives the restricted problem: the loss and the prox of
     `w[indices]` with what it returns are those of `w` with zeros elsewhere. So the prox has to act on each
-    coordinate by itself and keep zero where the smooth part is flat (`l1`, `elastic_net`, `box` around zero).
+    coordinate by itself and keep zero where the smooth part is flat (`l1`, `elastic_net`, `box` around zero); one in
+    whose operations coordinates meet is refused.
 
     A round takes all coordinates (`solver` on the whole problem, to the tolerance) where those that are not zero, after
     a round to the tolerance, fill `size` to seven eighths and more want to enter; for the rest of a solve, where a
