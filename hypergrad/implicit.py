@@ -21,7 +21,7 @@ from hypergrad.base import (
 )
 from hypergrad.derivatives import cross_vjp, linearized_map, outer_value_and_grads
 from hypergrad.estimate import with_estimate
-from hypergrad.nonsmooth import fixed_point, margin, step_size
+from hypergrad.nonsmooth import fixed_point, margin, narrowed, step_after
 from hypergrad.warm_start import extrapolated_start, newton_start
 from solvers import (
     CG,
@@ -184,9 +184,10 @@ class Implicit(AbstractEngine):
             return linear.solve(product, b, warm, prepared, linear_key)
 
         if has_prox(problem):
-            size = step_size(problem, w, lam, batch)
+            size = step_after(problem, solver, inner_state, w, lam, batch)
             at = fixed_point(problem, w, lam, batch, size, damping)
-            q, adjoint = solve_adjoint(at.product, at.project(c))
+            system = narrowed(problem, solver, w, lam, batch, at, damping)
+            q, adjoint = solve_adjoint(system.product, at.project(c))
             u = at.adjoint(c, q)
             grad = tree.add(grad_lam, at.pull_back(u))
             correction = tree.vdot(u, at.defect)

@@ -28,11 +28,12 @@ import jax.numpy as jnp
 from jax import Array
 
 from hypergrad.base import BilevelProblem
-from solvers import tree
+from solvers import AbstractInnerSolver, WorkingSet, tree
 from solvers.gradient import linearized_hvp
 from solvers.kinks import kink_distance
 from solvers.proximal import apply_prox
 from solvers.types import MatVec, Scalar, Tree
+from solvers.working_set import restricted
 
 
 class FixedPoint(NamedTuple):
@@ -44,6 +45,8 @@ class FixedPoint(NamedTuple):
     """`prox(v)`."""
     defect: Tree
     """`prox(v) - w`."""
+    gradient: Tree
+    """`dg/dw`."""
     hvp: MatVec
     project: MatVec
     """`x -> P' x`."""
@@ -105,11 +108,61 @@ def fixed_point(
         v=v,
         mapped=mapped,
         defect=tree.sub(mapped, w),
+        gradient=gradient,
         hvp=lambda x: tree.axpy(damping, x, hvp(x)),
         project=lambda x: transposed(x)[0],
         size=size,
         pull_back=pull_back,
     )
+
+
+def narrowed(
+    problem: BilevelProblem,
+    solver: AbstractInnerSolver,
+    w: Tree,
+    lam: Tree,
+    batch: Any,
+    at: FixedPoint,
+    damping: Array | float = 0.0,
+) -> FixedPoint:
+    """The same system, for a `WorkingSet` with products in its `size` coordinates instead of all d.
+
+    The prox acts on each coordinate by itself there, so P is diagonal, and `P H P x` takes the rows and columns of H
+    where P is not zero: those of the restricted problem that holds them and all of w's entries that are not zero.
+    Vectors keep their length, as one loop then serves both: products are those of H where more coordinates than `size`
+    take part, or where the restriction has another gradient at `w`, so that it is not what it should be.
+    For `product` alone: `adjoint` and `newton_rhs` want rows of H in which P is zero.
+    """
+    if not isinstance(solver, WorkingSet) or solver.size >= w.size:
+        return at
+    part = (at.project(jnp.ones_like(w)) != 0) | (w != 0)
+    chosen = jax.lax.top_k(part.astype(jnp.float32), solver.size)[1]
+    inside, own = restricted(problem.inner_objective(lam), batch, chosen)
+    gradient, hvp = linearized_hvp(inside, w[chosen], own)
+    apart = tree.norm(gradient - at.gradient[chosen])
+    same = apart <= 1e3 * tree.epsilon(w) * tree.norm(at.gradient)
+    fits = (jnp.count_nonzero(part) <= solver.size) & same
+
+    def narrow(x: Array) -> Array:
+        own = x[chosen]
+        image = tree.axpy(damping, own, hvp(own))
+        return jnp.zeros_like(x).at[chosen].set(image)
+
+    return at._replace(hvp=lambda x: jax.lax.cond(fits, narrow, at.hvp, x))
+
+
+def step_after(
+    problem: BilevelProblem,
+    solver: AbstractInnerSolver,
+    state: Any,
+    w: Tree,
+    lam: Tree,
+    batch: Any,
+) -> Scalar:
+    """`step_size` after a solve: 1/L by the solver's own Lanczos products, where its "auto" took some."""
+    if solver.measured and isinstance(getattr(solver, "learning_rate", None), str):
+        return 1.05 * jnp.asarray(getattr(solver.settled(state), "learning_rate"))  # noqa: B009
+    return step_size(problem, w, lam, batch)
 
 
 def step_size(problem: BilevelProblem, w: Tree, lam: Tree, batch: Any) -> Scalar:

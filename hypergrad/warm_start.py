@@ -8,7 +8,7 @@ from jax import Array
 
 from hypergrad.base import BilevelProblem, has_prox
 from hypergrad.derivatives import linearized_map
-from hypergrad.nonsmooth import fixed_point, step_size
+from hypergrad.nonsmooth import fixed_point, narrowed, step_size
 from solvers import AbstractInnerSolver, AbstractLinearSolver, tree
 from solvers.gradient import linearized_hvp
 from solvers.linear.cg import preconditioned
@@ -35,8 +35,9 @@ def newton_start(
     zero = tree.zeros_like(w)
     if has_prox(problem):
         at = fixed_point(problem, w, lam, batch, step_size(problem, w, lam, batch))
-        state = linear.init(at.product, w, key)
-        y, info = linear.solve(at.product, at.project(at.newton_rhs()), zero, state, key)
+        system = narrowed(problem, solver, w, lam, batch, at)
+        state = linear.init(system.product, w, key)
+        y, info = linear.solve(system.product, at.project(at.newton_rhs()), zero, state, key)
         moved = tree.add(w, at.newton_step(y))
     else:
         if solver.symmetric:

@@ -40,7 +40,8 @@ _ADVICE = {
     ),
     Status.BREAKDOWN: (
         "the linear system of the adjoint is singular and its right-hand side lies outside the range: "
-        "the inner solution does not depend smoothly on the outer variable. Add an l2 term to the inner "
+        "the inner solution does not depend smoothly on the outer variable, as where two features are the same in the "
+        "training rows and not in the held-out ones. Drop one of them, add an l2 term to the inner "
         "loss, or use `Implicit(damping=...)`, or an engine that needs no inverse (`Unrolled`). "
         "With `ES`: no perturbation of lam changed the outer loss; a larger `sigma`. With `CGD` or `Extragradient`: "
         "the inner loss is not minus the outer one."

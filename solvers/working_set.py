@@ -11,6 +11,7 @@ from solvers import loops, tree
 from solvers.base import AbstractInnerSolver
 from solvers.fields import Number, number, static, unchecked
 from solvers.proximal import ProximalGradient, apply_prox
+from solvers.separable import coupling
 from solvers.types import Objective, ObjectiveFn, Scalar, Tree, constant_sampler
 
 
@@ -25,7 +26,8 @@ class WorkingSet(AbstractInnerSolver):
 
     `objective.restrict(args, batch, indices) -> (args, batch)` gives the restricted problem: the loss and the prox of
     `w[indices]` with what it returns are those of `w` with zeros elsewhere. So the prox has to act on each
-    coordinate by itself and keep zero where the smooth part is flat (`l1`, `elastic_net`, `box` around zero).
+    coordinate by itself and keep zero where the smooth part is flat (`l1`, `elastic_net`, `box` around zero); one in
+    whose operations coordinates meet is refused.
 
     A round takes all coordinates (`solver` on the whole problem, to the tolerance) where those that are not zero, after
     a round to the tolerance, fill `size` to seven eighths and more want to enter; for the rest of a solve, where a
@@ -92,7 +94,7 @@ class WorkingSet(AbstractInnerSolver):
         def solve_some(w: Array) -> tuple[Array, Array, Array]:
             score = jnp.where(w != 0, jnp.inf, jnp.abs(state.residuals))
             chosen = jax.lax.top_k(score, self.size)[1]
-            inside, part = _restrict(objective, batch, chosen)
+            inside, part = restricted(objective, batch, chosen)
             own = self._solve(inside, w[chosen], part, target)
             residuals = self._at(state.step).optimality(inside, own, part)
             scatter = lambda x: jnp.zeros(w.shape, x.dtype).at[chosen].set(x)
@@ -141,16 +143,24 @@ class WorkingSet(AbstractInnerSolver):
                     f"WorkingSet needs Problem(inner_{name}=...), and the objective has none here (lanes of Tasks hand "
                     "on no restriction). Use ProximalGradient."
                 )
+        step = jnp.ones((), tree.accumulation_dtype(w))
+        found = coupling(lambda v: apply_prox(objective, v, step), w)
+        if found is not None:
+            raise ValueError(
+                "WorkingSet needs an inner_prox that acts on each coordinate by itself (l1, elastic_net, box), and "
+                f"this one brings coordinates together ({found}), as those of groups and of a simplex do. Use "
+                "ProximalGradient."
+            )
         if self.size >= w.size:
             return
 
-        def restricted(w: Array, batch: Any) -> tuple[Array, Array]:
+        def first(w: Array, batch: Any) -> tuple[Array, Array]:
             chosen = jnp.arange(self.size)
-            inside, part = _restrict(objective, batch, chosen)
+            inside, part = restricted(objective, batch, chosen)
             return inside(w[chosen], part), apply_prox(inside, w[chosen], jnp.ones(()))
 
         try:
-            value, mapped = eqx.filter_eval_shape(restricted, w, batch)
+            value, mapped = eqx.filter_eval_shape(first, w, batch)
         except Exception as error:
             raise ValueError(
                 "inner_restrict must take (lam, batch, indices) and return (lam, batch) of the problem in "
@@ -164,7 +174,7 @@ class WorkingSet(AbstractInnerSolver):
             )
 
 
-def _restrict(objective: Any, batch: Any, chosen: Array) -> tuple[Objective, Any]:
+def restricted(objective: Any, batch: Any, chosen: Array) -> tuple[Objective, Any]:
     """The problem in the coordinates `chosen`, and its batch."""
     args, part = objective.restrict(objective.args, batch, chosen)
     return Objective(objective.fn, args, objective.hvp, objective.prox), part

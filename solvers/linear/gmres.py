@@ -25,7 +25,7 @@ class GMRES(AbstractLinearSolver):
 
     In each cycle `min ||r0 - A V y||` over the Arnoldi basis `V` of `span(r0, A r0, ...)`, orthogonalised
     twice; a cycle ends with the recomputed residual, from which the next one starts. Tolerances and
-    budget are those of `CG`.
+    budget are those of `CG`. It takes no preconditioner.
 
     Class: any matrix, so also the adjoints of fixed-point and proximal maps. Without restarts it takes at
     most one step per dimension; a cycle that gains nothing ends the solve (MAX_STEPS: raise `restart`).

@@ -1,5 +1,7 @@
 """`Implicit(warm_start=...)`: where inner solves start."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -121,3 +123,32 @@ def test_a_run_of_gradient_descent_takes_fewer_steps(seed):
     np.testing.assert_array_equal(products, [[1] * 6, [2] * 6, [1] * 6])
     with pytest.raises(ValueError, match="'last', 'newton' or 'extrapolated'"):
         bl.Implicit(warm_start="tangent")
+
+
+def test_a_run_takes_a_quarter_of_the_products_of_cold_adjoints(seed):
+    """Scaled features: warm adjoints, preconditioned by the diagonal, against CG from zero at each `lam` of the run."""
+    rng = np.random.default_rng([seed, 41])
+    scales = np.geomspace(0.05, 5, 30)
+    X = rng.normal(size=(2, 90, 30)) * scales
+    y = X @ (rng.normal(size=30) / scales) + rng.normal(size=(2, 90))
+    loss = lambda w, batch: 0.5 * jnp.mean((batch[0] @ w - batch[1]) ** 2)
+    inner = lambda w, lam, batch: loss(w, batch) + 0.5 * jnp.sum(jnp.exp(lam) * w**2)
+    outer = lambda w, lam, batch: loss(w, batch)
+    diagonal = lambda w, lam, batch: lambda r: r / (jnp.mean(batch[0] ** 2, axis=0) + jnp.exp(lam))
+    plain = bl.Problem(inner, outer, (X[0], y[0]), (X[1], y[1]))
+    scaled = dataclasses.replace(plain, inner_preconditioner=diagonal)
+    lams, w = [np.full(30, -4.0)], np.zeros(30)
+    solver, rtol = bl.Newton(tol=1e-10), 1e-4
+    settings = {"solver": solver, "engine": bl.Implicit(bl.CG(rtol), estimate=False)}
+    history = bl.run(
+        scaled, lams[0], w, num_steps=12, chunk=1, outer=optax.adam(0.02), **settings,
+        callback=lambda state, rows: lams.append(np.asarray(state.lam)),
+    ).history  # fmt: skip
+    cold = []
+    for lam in lams[:-1]:
+        h = bl.hypergradient(plain, lam, w, **settings)
+        w, cold = h.w, [*cold, h.info]
+    residuals = [*history.adjoint_residual, *(info.adjoint_residual for info in cold)]
+    assert len(cold) == 12 and np.max(residuals) < rtol
+    products = sum(int(info.adjoint_steps) for info in cold)
+    assert 4 * np.sum(history.adjoint_steps) <= products

@@ -11,6 +11,7 @@ from problems.nonsmooth import NONSMOOTH, diabetes
 from sklearn.linear_model import ElasticNet
 
 import bilevel as bl
+from hypergrad.nonsmooth import fixed_point, narrowed
 
 NOISE = 150
 DIM = 10 + NOISE
@@ -77,6 +78,81 @@ def test_hypergradient_is_that_of_fista_and_the_difference(name, seed):
     assert abs(found - numeric) < 1e-6 * size
 
 
+def single(lam, batch, indices):
+    return lam, {"X": batch["X"][:, indices] * 1.01, "y": batch["y"]}
+
+
+@pytest.mark.parametrize("case", ["fits", "more support than size", "another problem", "box"])
+def test_the_adjoint_takes_products_in_the_set_alone(case, seed):
+    """Counted by the shape of what is multiplied; the numbers are those of products in all coordinates."""
+    sizes = []
+
+    def hvp(w, lam, batch, v):
+        jax.debug.callback(lambda v: sizes.append(v.size), v)
+        return batch["X"].T @ (batch["X"] @ v) / len(batch["y"])
+
+    size = 6 if case == "more support than size" else SIZE
+    restrict = single if case == "another problem" else columns
+    problem = dataclasses.replace(problem_of("lasso", restrict), inner_hvp=hvp)
+    if case == "box":  # all coordinates are free, those at zero too
+        box = lambda v, step, lam: bl.prox.box(v, -5.0, 5.0)
+        problem = dataclasses.replace(problem, inner_prox=box)
+    lam, solver = jnp.asarray(-2.2), bl.WorkingSet(size, tol=1e-11)
+    batch, rng = problem.inner_data, np.random.default_rng(seed)
+    w = jnp.asarray(outer_value("lasso", -2.2)[1])
+    assert 6 < np.count_nonzero(w) < SIZE
+    w = jnp.zeros(DIM) if case == "box" else w
+
+    @jax.jit
+    def solved(w):
+        at = fixed_point(problem, w, lam, batch, jnp.asarray(0.1), 0.03)
+        own = narrowed(problem, solver, w, lam, batch, at, 0.03)
+        b = at.project(jax.grad(problem.outer)(w, lam, problem.outer_data))
+        x = jnp.asarray(rng.normal(size=DIM))
+        start = jnp.zeros(DIM)
+        of_all, of_some = (
+            bl.CG(rtol=1e-13).solve(product, b, start, None, jax.random.key(0))
+            for product in (at.product, own.product)
+        )
+        return at.product(x), own.product(x), of_all, of_some, jnp.linalg.norm(b)
+
+    product, narrow, (y, info), (own_y, own_info), b_norm = solved(w)
+    assert b_norm > 0.1 and np.linalg.norm(y) > 0.1
+    np.testing.assert_allclose(narrow, product, rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(own_y, y, atol=1e-9 * np.linalg.norm(y))
+    assert info.status == own_info.status == bl.Status.OK
+    assert info.num_steps == own_info.num_steps > 5
+    np.testing.assert_allclose(own_info.curvature, info.curvature, rtol=1e-9)
+    jax.effects_barrier()
+    products = int(own_info.num_steps) + 2  # the residual's, and that of x
+    few = sizes.count(size)
+    assert few == (products if case == "fits" else 0)
+    assert len(sizes) - few == products * (1 if case == "fits" else 2)
+
+
+def test_equal_columns_have_a_hypergradient_where_the_outer_loss_sees_their_sum(seed):
+    """By differences of the Lasso without the second column; a status where the held-out columns differ."""
+    twice = lambda data: {"X": np.append(data["X"], data["X"][:, 2:3], axis=1), "y": data["y"]}
+    train, held_out = map(twice, diabetes(noise=NOISE))
+    problem = dataclasses.replace(problem_of("lasso"), inner_data=train, outer_data=held_out)
+    solver = bl.WorkingSet(SIZE, bl.ProximalGradient(50_000, tol=1e-12), tol=1e-12)
+    call = lambda problem, **more: bl.hypergradient(
+        problem, -2.2, jnp.zeros(DIM + 1).at[2].set(0.1), solver=solver, **more
+    )
+    h = call(problem)
+    assert h.info.status == bl.Status.OK and abs(h.w[2] - h.w[DIM]) > 0.05
+    assert np.all(np.abs(h.w[jnp.array([2, DIM])]) > 0.01) and float(h.info.error_estimate) < 1e-8
+    step = 2e-6
+    numeric = (outer_value("lasso", -2.2 + step)[0] - outer_value("lasso", -2.2 - step)[0]) / (
+        2 * step
+    )
+    np.testing.assert_allclose(h.grad, numeric, rtol=1e-7)
+    held_out = {"X": held_out["X"].copy(), "y": held_out["y"]}
+    held_out["X"][:, DIM] *= 1.001
+    with pytest.raises(bl.BilevelError, match="BREAKDOWN.*features are the same"):
+        call(dataclasses.replace(problem, outer_data=held_out))
+
+
 def test_a_run_keeps_the_support_and_traces_nothing_anew(count_traces):
     case = NONSMOOTH["lasso"]
     inner = count_traces(case.inner)
@@ -134,3 +210,6 @@ def test_refusals():
     bend = lambda lam, batch, i: (lam, batch)
     with pytest.raises(ValueError, match="inner_restrict must take"):
         call(dataclasses.replace(problem, inner_restrict=bend), w)
+    group = lambda v, step, lam: bl.prox.group_lasso(v, step, jnp.exp(lam))
+    with pytest.raises(ValueError, match="acts on each coordinate by itself"):
+        call(dataclasses.replace(problem, inner_prox=group), w)

@@ -8,6 +8,7 @@ import pytest
 from sklearn.linear_model import Lasso
 
 from solvers import Objective, ProximalGradient, Status, WorkingSet, loops, prox
+from solvers.separable import coupling
 from solvers.types import constant_sampler
 
 ROWS, DIM = 40, 200
@@ -158,3 +159,27 @@ def test_what_cannot_be_restricted_is_refused(seed):
         run(solver, jnp.asarray(penalty), {"w": jnp.zeros(DIM)}, batch)
     with pytest.raises(ValueError, match="inner_prox="):
         solver.init(Objective(squares, restrict=columns), jnp.zeros(DIM), batch)
+    for coupled in (lambda v, s, a: prox.group_lasso(v, s, 0.1), lambda v, s, a: prox.simplex(v)):
+        with pytest.raises(ValueError, match="acts on each coordinate by itself"):
+            solver.init(Objective(squares, prox=coupled, restrict=columns), jnp.zeros(DIM), batch)
+
+
+def test_which_maps_act_on_each_entry_by_itself():
+    v, numbers = jnp.ones(6), jnp.ones(6)
+    apart = {
+        "l1": lambda v: prox.l1(v, 0.1, jnp.sum(numbers)),
+        "elastic net": lambda v: prox.elastic_net(v, 0.1, 0.2, numbers),
+        "box": lambda v: prox.box(v, -1.0, numbers),
+        "jit": jax.jit(jax.nn.relu),
+        "entry by entry": lambda v: jax.lax.map(lambda x: 2 * x, v),
+    }
+    together = {
+        "group": lambda v: prox.group_lasso(v, 0.1, 0.2),
+        "groups": lambda v: prox.group_lasso(v, 0.1, 0.2, np.arange(6) // 2),
+        "sparse group": lambda v: prox.sparse_group_lasso(v, 0.1, 0.1, 0.2),
+        "simplex": prox.simplex,
+        "jit": jax.jit(lambda v: v / jnp.linalg.norm(v)),
+        "branch": lambda v: jax.lax.cond(numbers[0] > 0, lambda v: v * v.sum(), lambda v: v, v),
+    }
+    assert [name for name, fn in apart.items() if coupling(fn, v) is not None] == []
+    assert [name for name, fn in together.items() if coupling(fn, v) is None] == []
