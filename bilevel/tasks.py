@@ -176,8 +176,7 @@ class Tasks(eqx.Module):
             h, own, norms = part._step(engine, solver, part.rows(w), lam, part.rows(state.own), key)
             h = h._replace(w=part.put(w, h.w), info=h.info._replace(drawn=drawn))
             own, drawn = part.put(state.own, own), part.places
-        each = h.info.tasks
-        return h, after(state, own, norms, each.inner.num_steps, each.adjoint_steps, drawn)
+        return h, after(state, own, norms, h.info.tasks, drawn)
 
     def _step(
         self, engine: AbstractEngine, solver: Solver, w: Tree, lam: Tree, state: Any, key: Array

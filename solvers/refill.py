@@ -23,7 +23,9 @@ class Work(NamedTuple):
     """`(out, i, stays, moving) -> out` with the result of problem i; an i beyond the end writes nothing."""
 
 
-def run_alone(work: Work, stays: Any, moving: Any, wanted: Array | bool = True) -> tuple[Any, Array]:
+def run_alone(
+    work: Work, stays: Any, moving: Any, wanted: Array | bool = True
+) -> tuple[Any, Array]:
     """One problem to its end: what moved, and the steps that took. Nothing where it is not `wanted`."""
     step = work.stepper(stays)
     return jax.lax.while_loop(
