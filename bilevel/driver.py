@@ -12,7 +12,7 @@ import optax
 from jax import Array
 from jax.sharding import Mesh
 
-from bilevel import lane_choice, outer_steps, processes, sharding, validation
+from bilevel import fingerprint, lane_choice, outer_steps, processes, sharding, validation
 from bilevel import profile as profiling
 from bilevel import retries as retrying
 from bilevel.checkpoint import Saved, opened
@@ -104,7 +104,7 @@ def run(
         run after the chunk, saved, with `stopped="terminated"`.
       resume: go on from the newest readable checkpoint, to `num_steps` in all, with the bits of a run
         without a break; begin where there is none. Settings may have new numbers; the data and the key
-        may not.
+        may not. A loss that computes something else than before is a warning.
       mesh: as in `hypergradient`: `Tasks`, their solutions and states are spread over its devices, `lam` is on
         all of them, and each step adds up one hypergradient and report. Of a `Problem`, the rows of both levels
         (`shard_rows`).
@@ -161,6 +161,8 @@ def run(
     ):
         notes = None if store is None else store.notes
         problem = lane_choice.settled(engine, problem, solver, w, lam, key, notes)
+        if store is not None:
+            store.losses = fingerprint.losses(problem, w, lam, key)
         problem = shuffled(problem, key) if stream is None else stream.start()
         begin = lambda problem, w: outer_steps.first_state(
             problem, solver, engine, rule, scales, w, lam, key

@@ -52,7 +52,7 @@ class Panel:
         self.adjoint += int(rows.adjoint_steps.sum(dtype=np.int64))
         self.useful = int(rows.inner_steps.sum(dtype=np.int64))
         self.spent = int(rows.lane_steps.sum(dtype=np.int64))
-        self.statuses.update(_names(rows.status))
+        self.statuses.update(_names(np.asarray(rows.status)))
         known = rows.error_estimate[np.isfinite(rows.error_estimate)]
         self.error = float(known[-1]) if len(known) else self.error
 

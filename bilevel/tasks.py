@@ -42,8 +42,8 @@ class Tasks(eqx.Module):
       lanes: tasks that are worked on at once; None is all of them, which waits for the slowest. With less,
         inner problems, and then the adjoint systems of `Implicit` by CG, are solved on lanes that load the next one
         when they are done (engines `Implicit` and `OneStep`, all rows at once; no adjoints with a prox, an
-        `inner_preconditioner`, `damping="auto"` or another `warm_start`), and the rest goes `lanes` at a time. "auto" takes what
-        `bilevel.choose_lanes` measures: once per process for one problem, its shapes and settings.
+        `inner_preconditioner`, `damping="auto"` or another `warm_start`), and the rest goes `lanes` at a time. "auto"
+        takes what `bilevel.choose_lanes` measures: once per process for one problem, its shapes and settings.
       per_step: tasks that an outer step takes, drawn anew from the key of the step (`drawn`); None is all. The
         others keep what they have. Value and hypergradient are unbiased estimates of those of all tasks, and
         `info.tasks` has the tasks drawn, in their order.

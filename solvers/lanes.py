@@ -75,7 +75,12 @@ def solve_many(
         return stays, _Moving(x, begun, jnp.int32(0))
 
     def stepper(stays: _Stays) -> Any:
-        return lambda m: _Moving(*advance(solver, objective, *m, stays.batch, stays.tol))
+        def step(m: _Moving) -> _Moving:
+            return _Moving(
+                *advance(solver, objective, m.w, m.state, m.steps, stays.batch, stays.tol)
+            )
+
+        return step
 
     def done(stays: _Stays, m: _Moving) -> Array:
         return ~is_open(m.state, m.steps, stays.tol, stays.budget)

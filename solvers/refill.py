@@ -16,7 +16,7 @@ class Work(NamedTuple):
     start: Callable[[Array], tuple[Any, Any]]
     """Problem i at its beginning: what stays, and what its steps move."""
     stepper: Callable[[Any], Callable[[Any], Any]]
-    """From what stays, the step `moving -> moving`: prepared anew whenever a lane was loaded, for all steps until then."""
+    """From what stays, the step `moving -> moving`: prepared anew whenever a lane was loaded."""
     done: Callable[[Any, Any], Array]
     """Of what stays and what moves."""
     write: Callable[[Any, Array, Any, Any], Any]

@@ -43,8 +43,10 @@ def solve_systems(
 
     As `solvers.lanes.solve_many` with N, `lanes` and `tail`: one lane is one by one, N are `vmap`, and in between
     a lane that is done loads the next system. The numbers are those of `CG.solve` of each, to the rounding of a
-    batched product, which CG makes larger in systems that are badly conditioned: there the steps may differ too. `system` is called anew whenever a lane was loaded, so that it may prepare its products (as
-    `jax.linearize` does): that costs about a gradient of all lanes per system beside the products.
+    batched product, which CG makes larger where a system is badly conditioned: there the steps may differ too.
+
+    `system` is called anew whenever a lane was loaded, so that it may prepare its products (as `jax.linearize`
+    does): that costs about a gradient of all lanes per system beside the products.
     """
     count = jax.tree.leaves(rows)[0].shape[0]
     lanes = min(lanes, count)
