@@ -8,7 +8,6 @@ import jax.numpy as jnp
 from jax import Array
 
 from solvers import tree
-from solvers.fields import Number, number
 from solvers.linear.base import AbstractLinearSolver, LinearInfo, to_unit
 from solvers.linear.cg import CG, is_done
 from solvers.refill import Work, put, refilled, run_alone, take
@@ -101,7 +100,8 @@ class Given(AbstractLinearSolver):
 
     x: Tree
     info: LinearInfo
-    rtol: Number | None = number(None, low=0.0)
+    rtol: Any = None
+    """Of those who set one; there is nothing left to do."""
 
     def init(self, matvec: MatVec, like: Tree, key: Array) -> Any:
         return None
