@@ -3,12 +3,13 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax import Array
 
 from solvers import tree
-from solvers.linear.base import AbstractLinearSolver, LinearInfo, to_unit
+from solvers.linear.base import LinearInfo, to_unit
 from solvers.linear.cg import CG, is_done
 from solvers.refill import Work, put, refilled, run_alone, take
 from solvers.types import MatVec, Scalar, Tree
@@ -95,8 +96,8 @@ def solve_systems(
     return x, SystemsInfo(info, jnp.sum(steps, dtype=jnp.int32), spent)
 
 
-class Given(AbstractLinearSolver):
-    """A solution that was found apart, with its report, as a solver."""
+class Given(eqx.Module):
+    """A solution that was found apart, with its report, in the place of a linear solver."""
 
     x: Tree
     info: LinearInfo
@@ -110,11 +111,6 @@ class Given(AbstractLinearSolver):
         self, matvec: MatVec, b: Tree, x0: Tree, state: Any, key: Array
     ) -> tuple[Tree, LinearInfo]:
         return self.x, self.info
-
-    def solve_unit(
-        self, matvec: MatVec, b: Tree, x0: Tree, state: Any, key: Array, unit: Scalar
-    ) -> tuple[Tree, LinearInfo]:
-        return tree.divide(self.x, unit), self.info
 
 
 class _Stays(NamedTuple):
