@@ -2,10 +2,10 @@
 
 256 ridge problems of 128 rows with 16 or 64 unknowns (or others), penalties spread evenly on a logarithmic scale over
 six orders of magnitude and feature scales over a factor of 30, each with the adjoint system of a validation loss.
-float32. The inner problems are solved beforehand, so that a step of `Implicit` is its adjoint systems, the gradients they begin
-with and the derivatives they end in. "auto" is what `Tasks(lanes="auto")` takes by its own measurement of a step.
-`lane-steps` is products of all lanes over the useful ones, of the systems alone. `load_average` above 1 means that
-other work disturbed the timings.
+float32. The inner problems are solved beforehand, so that a step of `Implicit` is its adjoint systems, the gradients
+they begin with and the derivatives they end in. "auto" is what `Tasks(lanes="auto")` takes by its own measurement of a
+step. `lane-steps` is products of all lanes over the useful ones, of the systems alone. `load_average` above 1 means
+that other work disturbed the timings.
 
     python benchmarks/adjoint_lanes.py [--repeats 5] [--unknowns 16,64] [--out benchmarks/results/...json]
 """
