@@ -20,8 +20,8 @@ class Chunks(NamedTuple):
     """Steps of the next chunk, from those that are done."""
     why_ended: Callable[[Any, Sequence[History]], str]
     """Why a run ends at this state; empty where it goes on."""
-    shown: Callable[[Any, History], tuple[float, float, str]]
-    """Outer value, norm of the hypergradient and further text for the line of progress."""
+    shown: Callable[[Any, History], tuple[Any, ...]]
+    """Outer value, norm of the hypergradient and further text for the line of progress, and what a panel shows."""
     num_steps: int
     estimate_every: int | None = None
     time_limit: float | None = None

@@ -5,6 +5,8 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax import Array
 
+from hypergrad import HypergradInfo
+
 UNIFORM = 0.25
 """Share of the uniform distribution in the chances: no task counts more than four times."""
 RATE = 0.5
@@ -20,6 +22,8 @@ class TaskStates(NamedTuple):
     """(tasks,), int32: inner steps of each so far."""
     adjoint_steps: Array
     """The same of adjoint steps."""
+    status: Array
+    """(tasks,), int32: the `Status` of each in the last step that took it and was good; -1 before the first."""
     difficulty: Array | None
     """(tasks,), where `weights="difficulty"`: running averages of hypergradients' norms, NaN before the first."""
 
@@ -37,7 +41,7 @@ def begun(own: Any, count: int, weights: Any) -> TaskStates:
     nobody = jnp.zeros(count, jnp.int32)
     by_difficulty = isinstance(weights, str)
     unknown = jnp.full(count, jnp.nan, jnp.result_type(float)) if by_difficulty else None
-    return TaskStates(own, nobody, nobody, unknown)
+    return TaskStates(own, nobody, nobody, nobody - 1, unknown)
 
 
 def chances(difficulty: Array) -> Array:
@@ -57,9 +61,9 @@ def chances(difficulty: Array) -> Array:
 
 
 def after(
-    state: TaskStates, own: Any, norms: Array, inner: Array, adjoint: Array, drawn: Array | None
+    state: TaskStates, own: Any, norms: Array, each: HypergradInfo, drawn: Array | None
 ) -> TaskStates:
-    """The state after a step in which the tasks drawn (None: all) had hypergradients of these norms."""
+    """The state after a step in which the tasks drawn (None: all) had these reports and norms of hypergradients."""
     at = jnp.arange(norms.size) if drawn is None else drawn
     difficulty = state.difficulty
     if difficulty is not None:
@@ -70,7 +74,8 @@ def after(
         difficulty = difficulty.at[at].set(jnp.where(jnp.isfinite(new), new, old))
     return TaskStates(
         own,
-        state.inner_steps.at[at].add(inner),
-        state.adjoint_steps.at[at].add(adjoint),
+        state.inner_steps.at[at].add(each.inner.num_steps),
+        state.adjoint_steps.at[at].add(each.adjoint_steps),
+        state.status.at[at].set(each.status),
         difficulty,
     )

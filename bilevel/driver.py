@@ -10,16 +10,18 @@ import optax
 from jax import Array
 from jax.sharding import Mesh
 
-from bilevel import lane_choice, outer_steps, processes, sharding, validation
+from bilevel import fingerprint, lane_choice, outer_steps, processes, sharding, validation
+from bilevel import profile as profiling
 from bilevel import retries as retrying
 from bilevel.checkpoint import Saved, check_state, opened
 from bilevel.chunks import Chunks
+from bilevel.live import Seen, task_statuses
 from bilevel.log import Log
 from bilevel.outer.base import OuterMethod
 from bilevel.pool import on_host, pooled
 from bilevel.prepared import prepared
 from bilevel.problem import shuffled
-from bilevel.progress import Progress, work
+from bilevel.progress import PANEL, Progress, work
 from bilevel.result import (
     BilevelError,
     History,
@@ -54,9 +56,10 @@ def run(
     patience: int | None = None,
     retries: int = 0,
     time_limit: float | None = None,
-    progress: bool | None = None,
+    progress: bool | str | None = None,
     callback: Callable[[RunState, History], Any] | None = None,
     log: str | os.PathLike[str] | None = None,
+    profile: str | os.PathLike[str] | None = None,
     state: RunState | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
     resume: bool = False,
@@ -86,6 +89,10 @@ def run(
       progress: show the step, the outer value, the hypergradient's norm and error, inner and adjoint steps, how busy
         the lanes of `Tasks` were, memory and the time left on standard error after each chunk: one live line on
         a terminal where rich is installed, else plain lines. None does so where standard error is a terminal.
+        "panel" is a box with all of that, totals, a curve of the outer values, the best of them and how many steps and
+        tasks have which status; off a terminal, plain lines.
+      profile: directory that gets a `jax.profiler` trace of the second chunk, which compiles nothing, and is named on
+        standard error. It costs that chunk some time; no number changes.
       callback: called as `callback(state, history_of_the_chunk)` after each chunk; a true result stops.
       log: file that gets the history while the run goes on, a line of JSON for each step; with `resume`,
         the lines that are there are gone on with, and no step comes twice.
@@ -95,7 +102,7 @@ def run(
         run after the chunk, saved, with `stopped="terminated"`.
       resume: go on from the newest readable checkpoint, to `num_steps` in all, with the bits of a run
         without a break; begin where there is none. Settings may have new numbers; the data and the key
-        may not.
+        may not. A loss that computes something else than before is a warning.
       mesh: as in `hypergradient`: `Tasks`, their solutions and states are spread over its devices, `lam` is on
         all of them, and each step adds up one hypergradient and report. Of a `Problem`, the rows of both levels
         (`shard_rows`).
@@ -118,6 +125,8 @@ def run(
     time_limit = validation.seconds("time_limit", time_limit)
     outer_tol = validation.tolerance("outer_tol", outer_tol)
     validation.function("callback", callback)
+    if isinstance(progress, str) and progress != PANEL:
+        raise ValueError(f"progress must be True, False, None or {PANEL!r}, got {progress!r}.")
     key = jax.random.key(0) if key is None else key
     pool = pooled(problem, w, key, chunk)
     stream = streamed(problem, key, chunk, mesh)
@@ -128,6 +137,8 @@ def run(
     identity = problem if pool is None else pool.tasks
     identity = identity if stream is None else stream.problem
     team = processes.team(sharding.mesh_of(problem))
+    bar = Progress(progress if team.first else False, num_steps)
+    trace = profiling.directory(profile)
 
     def advance(state: RunState, length: int, estimate: bool) -> tuple[RunState, History]:
         tasks, part, numbers = (problem, state, None) if pool is None else pool.load(state, length)
@@ -146,6 +157,8 @@ def run(
     ):
         notes = None if store is None else store.notes
         problem = lane_choice.settled(engine, problem, solver, w, lam, key, notes)
+        if store is not None:
+            store.losses = fingerprint.losses(problem, w, lam, key)
         problem = shuffled(problem, key) if stream is None else stream.start()
         begin = lambda problem, w: outer_steps.first_state(
             problem, solver, engine, rule, scales, w, lam, key
@@ -167,20 +180,26 @@ def run(
             stream.end = saved.begin + num_steps
         journal.start(saved.begin, saved.history, resume)
         chunks = Chunks(
-            advance,
+            profiling.traced(trace, advance, saved.begin + num_steps),
             length=lambda done: min(chunk, num_steps - done),
             why_ended=lambda state, pieces: verdict(state, pieces, outer_tol, patience),
             shown=lambda state, rows: (
                 float(rows.outer_value[-1]),
                 float(rows.grad_norm[-1]),
                 work(rows),
+                Seen(
+                    rows,
+                    (float(state.best.outer_value), int(state.best.step)),
+                    task_statuses(state),
+                )
+                if bar.panel is not None
+                else None,
             ),
             num_steps=num_steps,
             estimate_every=estimate_every,
             time_limit=time_limit,
             callback=callback,
         )
-        bar = Progress(progress if team.first else False, num_steps)
         saved, stopped = chunks.run(saved, store, journal, team, bar)
 
     end: RunState = saved.state

@@ -73,23 +73,37 @@ def measured(engine: Any, problem: Any, solver: Any, w: Any, lam: Any, key: Any)
             1 if problem.mesh is None else problem.mesh.size
         )
         few = [lanes for lanes in CANDIDATES if lanes < here]
-        rising = jax.default_backend() == "cpu"
-        _chosen[name] = fastest([*few, here] if rising else [here, *reversed(few)], seconds)
+        if jax.default_backend() == "cpu":
+            # Steps of tiny problems cost least at either end, and more in between.
+            _chosen[name] = fastest(few[1:], seconds, ends=[*few[:1], here])
+        else:
+            _chosen[name] = fastest([here, *reversed(few)], seconds)
     return _chosen[name]
 
 
-def fastest(candidates: Iterable[int], seconds: Callable[[int], float]) -> int:
-    """The first of the candidates that no later one beats by a twentieth.
+def fastest(
+    candidates: Iterable[int], seconds: Callable[[int], float], ends: Iterable[int] = ()
+) -> int:
+    """The first of the ends and the candidates that no later one beats by a twentieth.
 
-    A candidate that takes a quarter more than the best so far ends the search: times fall, then rise.
+    All ends are tried. A candidate that then takes a quarter more than the best so far ends the search: times fall,
+    then rise.
     """
     best, least = 0, float("inf")
-    for lanes in candidates:
+
+    def is_slow(lanes: int) -> bool:
+        nonlocal best, least
         spent = seconds(lanes)
         logger.info("%d lanes: %.3g s per step", lanes, spent)
+        slow = spent > 1.25 * least
         if spent < 0.95 * least:
             best, least = lanes, spent
-        elif spent > 1.25 * least:
+        return slow
+
+    for lanes in ends:
+        is_slow(lanes)
+    for lanes in candidates:
+        if is_slow(lanes):
             break
     return best
 

@@ -30,7 +30,7 @@ def add_launch(commands: Any) -> None:
         "and run(mesh=...) spreads tasks over them. Under srun, mpirun or as an indexed job of Kubernetes, the "
         "cluster has started the processes: no option is needed. --processes alone starts them on this machine, "
         "each with one of its accelerators; on several machines, start one on each with --coordinator and "
-        "--process as well.",
+        "--process as well (the pods of an indexed job of Kubernetes know their --process).",
     )
     parser.add_argument("--processes", type=int, metavar="N", help="how many there are in all")
     parser.add_argument("--process", type=int, metavar="I", help="which one this is, from 0 on")
@@ -48,9 +48,14 @@ def _launch(options: argparse.Namespace) -> int:
         raise InputError(f"no script {options.script!r}; expected a Python file")
     if count is not None and count < 1:
         raise InputError(f"--processes is {count}; expected at least 1")
+    if count is not None and coordinator is not None and index is None:
+        index = _index_of_job()
     if count is None or index is None:
         if index is not None or coordinator is not None:
-            raise InputError("expected --processes, --process and --coordinator together")
+            raise InputError(
+                "expected --processes, --process and --coordinator together (the pods of an indexed job of Kubernetes "
+                "know their --process)"
+            )
         if count is not None:
             return _start(count, [options.script, *options.arguments])
     elif coordinator is None or not 0 <= index < count:
@@ -68,6 +73,12 @@ def _launch(options: argparse.Namespace) -> int:
             # Leaving as usual, JAX would wait minutes for the others, who wait for this process.
             _leave(error, code if isinstance(code, int) else 1)
     return 0
+
+
+def _index_of_job() -> int | None:
+    """That of this pod, in an indexed job of Kubernetes."""
+    given = os.environ.get("JOB_COMPLETION_INDEX", "")
+    return int(given) if given.isdecimal() else None
 
 
 def _leave(error: BaseException, code: int) -> NoReturn:

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from bilevel.footprint import size
+from bilevel.live import Panel, Seen, View, gauge
 from bilevel.result import History
 
 try:
@@ -40,17 +41,23 @@ def memory() -> str:
     return f"  memory {size(unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)}"
 
 
+PANEL = "panel"
+
+
 class Progress:
     """Step, outer value, gradient norm, memory, elapsed and remaining seconds; a context manager.
 
-    On a terminal with rich: one line that is redrawn, and goes on ticking while a program compiles.
-    Otherwise a plain line for each update. `show=None` shows only where standard error is a terminal;
-    `num_steps=None` is a number that nobody knows beforehand.
+    On a terminal with rich: one line that is redrawn, and goes on ticking while a program compiles; with
+    `show="panel"` a box (`bilevel.live`). Otherwise a plain line for each update. `show=None` shows only where
+    standard error is a terminal; `num_steps=None` is a number that nobody knows beforehand.
+
+    Raises ImportError for a panel on a terminal without rich.
     """
 
-    def __init__(self, show: bool | None, num_steps: int | None) -> None:
+    def __init__(self, show: bool | str | None, num_steps: int | None) -> None:
         terminal = sys.stderr.isatty()
-        self.show = terminal if show is None else show
+        self.show = terminal if show is None else bool(show)
+        self.panel = Panel() if show == PANEL and terminal else None
         self.num_steps = num_steps
         self.began = time.perf_counter()
         self.first: tuple[int, float] | None = None
@@ -63,13 +70,37 @@ class Progress:
             from rich.console import Console
             from rich.live import Live
             from rich.text import Text
-        except ImportError:
+        except ImportError as error:
+            if self.panel is not None:
+                raise ImportError(
+                    "progress='panel' needs the package rich: pip install 'bilevel[tune]', or progress=True."
+                ) from error
             return None
+        view = None if self.panel is None else View(self.panel, self._head, self._foot)
+        line = lambda: Text(self._line(), no_wrap=True, overflow="ellipsis")
+        # In place, not on a screen of its own: what warnings and callbacks print stays above it.
         return Live(
             console=Console(stderr=True),
-            get_renderable=lambda: Text(self._line(), no_wrap=True, overflow="ellipsis"),
+            get_renderable=line if view is None else lambda: view,
             refresh_per_second=4,
         )
+
+    def _head(self, width: int) -> list[tuple[str, str]]:
+        """Of the panel: how far the run is."""
+        if self.num_steps is None:
+            return [("step", f"{self.step}")]
+        bar = gauge(self.step, self.num_steps, min(width - 20, 40)) if width > 30 else ""
+        return [("step", f"{self.step} of {self.num_steps}  {bar}")]
+
+    def _foot(self) -> list[tuple[str, str]]:
+        now = time.perf_counter()
+        left = self._left(now)
+        left = "" if left is None else f", about {left:.0f} s left"
+        name, _, used = self.memory.strip().partition(" ")
+        used = [(name, used)] if used else []
+        told = self.panel is not None and self.panel.last is not None
+        compiling = [] if told else [("", self.text)]
+        return [*compiling, *used, ("time", f"{now - self.began:.1f} s{left}")]
 
     def __enter__(self) -> Self:
         if self.live is not None:
@@ -85,9 +116,18 @@ class Progress:
         if self.live is not None:
             self.live.stop()
 
-    def update(self, step: int, outer_value: float, grad_norm: float, work: str = "") -> None:
-        """What the run has reached after `step` steps, and the `work` it took."""
+    def update(
+        self,
+        step: int,
+        outer_value: float,
+        grad_norm: float,
+        work: str = "",
+        seen: Seen | None = None,
+    ) -> None:
+        """What the run has reached after `step` steps, and the `work` it took; `seen` is for a panel."""
         self.step = step
+        if self.panel is not None and seen is not None:
+            self.panel.add(seen)
         self.text = f"outer {outer_value:.6g}  |hypergradient| {grad_norm:.3g}{work}"
         if self.show:
             self.memory = memory()
@@ -103,7 +143,13 @@ class Progress:
         of, left = "", ""
         if self.num_steps is not None:
             of = f"/{self.num_steps}"
-            if self.first is not None and self.step > self.first[0]:
-                pace = (now - self.first[1]) / (self.step - self.first[0])
-                left = f"  {pace * (self.num_steps - self.step):.0f} s left"
+            seconds = self._left(now)
+            left = "" if seconds is None else f"  {seconds:.0f} s left"
         return f"step {self.step}{of}  {self.text}{self.memory}  {now - self.began:.1f} s{left}"
+
+    def _left(self, now: float) -> float | None:
+        """Seconds that are left at the pace after the first chunk; None where nobody knows."""
+        if self.num_steps is None or self.first is None or self.step <= self.first[0]:
+            return None
+        pace = (now - self.first[1]) / (self.step - self.first[0])
+        return pace * (self.num_steps - self.step)

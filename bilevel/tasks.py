@@ -10,10 +10,10 @@ import numpy as np
 from jax import Array
 from jax.sharding import Mesh
 
-from bilevel import on_lanes
+from bilevel import apart, on_lanes
 from bilevel.difficulty import Drawn, TaskStates, after, begun, chances
 from bilevel.draws import check_draws, draw
-from bilevel.one_task import Shared, Task
+from bilevel.one_task import Task
 from bilevel.problem import Problem, as_arrays
 from bilevel.task_report import times, tiny_norm, together
 from hypergrad import AbstractEngine, Hypergradient, HypergradInfo
@@ -22,7 +22,6 @@ from hypergrad.certificate import implied
 from hypergrad.estimate import with_estimate
 from solvers import AbstractInnerSolver, tree
 from solvers.fields import unchecked
-from solvers.lanes import solve_many
 from solvers.types import Tree
 
 
@@ -41,9 +40,10 @@ class Tasks(eqx.Module):
       problem: what the tasks share: losses, data, start, prox, constants.
       task_data: pytree of arrays whose first axis is the task.
       lanes: tasks that are worked on at once; None is all of them, which waits for the slowest. With less,
-        inner problems are solved on lanes that load the next one when they are done (engines `Implicit`
-        and `OneStep`, all rows at once), and the rest goes `lanes` at a time. "auto" takes what
-        `bilevel.choose_lanes` measures: once per process for one problem, its shapes and settings.
+        inner problems, and then the adjoint systems of `Implicit` by CG, are solved on lanes that load the next one
+        when they are done (engines `Implicit` and `OneStep`, all rows at once; no adjoints with a prox, an
+        `inner_preconditioner`, `damping="auto"` or another `warm_start`), and the rest goes `lanes` at a time. "auto"
+        takes what `bilevel.choose_lanes` measures: once per process for one problem, its shapes and settings.
       per_step: tasks that an outer step takes, drawn anew from the key of the step (`drawn`); None is all. The
         others keep what they have. Value and hypergradient are unbiased estimates of those of all tasks, and
         `info.tasks` has the tasks drawn, in their order.
@@ -176,30 +176,35 @@ class Tasks(eqx.Module):
             h, own, norms = part._step(engine, solver, part.rows(w), lam, part.rows(state.own), key)
             h = h._replace(w=part.put(w, h.w), info=h.info._replace(drawn=drawn))
             own, drawn = part.put(state.own, own), part.places
-        each = h.info.tasks
-        return h, after(state, own, norms, each.inner.num_steps, each.adjoint_steps, drawn)
+        return h, after(state, own, norms, h.info.tasks, drawn)
 
     def _step(
         self, engine: AbstractEngine, solver: Solver, w: Tree, lam: Tree, state: Any, key: Array
     ) -> tuple[Hypergradient, Any, Array]:
         """`step` of all these tasks, from the engine's own states; also the norms of their hypergradients."""
         taken, spent = jnp.zeros(self.count, jnp.int32), None
+        adjoints, adjoint_spent = None, None
         if self._refills(engine, solver):
-            w, state, taken, spent = self._solve(engine, solver, w, lam, state)
+            w, state, taken, spent = apart.solve(self, engine, solver, w, lam, state)
+            if engine.adjoint_apart(self.problem, solver, lam):
+                keys = self._keys(key)
+                adjoints, adjoint_spent = apart.adjoints(self, engine, solver, w, lam, state, keys)
             solver = unchecked(solver, max_steps=0)  # the budget is spent
 
-        def one(data: Any, w: Tree, state: Any, key: Array, factor: Array | None):
-            h, state = engine.step(self.task(data), solver, w, lam, state, key)
+        def one(data: Any, w: Tree, state: Any, key: Array, factor: Array | None, adjoint: Any):
+            own = engine if adjoint is None else engine.with_adjoint(*adjoint)
+            h, state = own.step(self.task(data), solver, w, lam, state, key)
             return times(factor, h.grad), (h.w, h.info, tree.norm(h.grad), state)
 
-        rows = (self.task_data, w, state, self._keys(key), self._factors())
-        lanes = self._lanes()
+        rows = (self.task_data, w, state, self._keys(key), self._factors(), adjoints)
+        lanes = self.lanes_here()
         total, (w, info, norms, state) = on_lanes.add_up(one, rows, lanes, self.mesh)
         grad = jax.tree.map(lambda leaf: leaf / self.count, total)
         if spent is None:
             spent = on_lanes.lane_steps(info.inner.num_steps, lanes, self.mesh)
         info = info._replace(inner=info.inner._replace(num_steps=info.inner.num_steps + taken))
         report = together(info, norms, tree.norm(grad), self._factors(), spent)
+        report = report._replace(adjoint_lane_steps=adjoint_spent)
         return Hypergradient(grad, w, report), state, norms
 
     def estimate(
@@ -265,6 +270,7 @@ class Tasks(eqx.Module):
         return h._replace(
             info=info._replace(
                 lane_steps=h.info.lane_steps,
+                adjoint_lane_steps=h.info.adjoint_lane_steps,
                 drawn=h.info.drawn,
                 error_estimate=jnp.where(unknown, jnp.nan, error),
                 # The means differ by rounding, or by what an engine does beside its adjoint.
@@ -307,7 +313,7 @@ class Tasks(eqx.Module):
     def _keys(self, key: Array) -> Array:
         return jax.vmap(lambda i: jax.random.fold_in(key, i))(self._numbers())
 
-    def _lanes(self) -> int:
+    def lanes_here(self) -> int:
         """Of each device."""
         if self.lanes == "auto":
             raise TypeError(
@@ -318,31 +324,14 @@ class Tasks(eqx.Module):
         return here if self.lanes is None else min(int(self.lanes), here)
 
     def _map(self, fn: Callable[..., Any], *rows: Any) -> Any:
-        return on_lanes.map_rows(fn, rows, self._lanes(), self.mesh)
+        return on_lanes.map_rows(fn, rows, self.lanes_here(), self.mesh)
 
     def _refills(self, engine: AbstractEngine, solver: Solver) -> bool:
         """Whether the inner problems can be solved before, and apart from, the engine's step."""
         fixed = self.problem.batch_size[0] is None and isinstance(solver, AbstractInnerSolver)
         devices = 1 if self.mesh is None else self.mesh.size
-        few = 1 < self._lanes() < self.count // devices
+        few = 1 < self.lanes_here() < self.count // devices
         return few and fixed and engine.solves_once
-
-    def _solve(
-        self, engine: AbstractEngine, solver: Any, w: Tree, lam: Tree, state: Any
-    ) -> tuple[Tree, Any, Array, Array]:
-        """Inner solves on refilled lanes: the engine's own then find nothing left to do."""
-        objective = Shared(self.problem.inner_objective(lam), self.problem.inner_data)
-
-        def here(w: Tree, data: Any, own: Any, tol: Any) -> tuple[Tree, Any, Array, Array]:
-            lanes = self._lanes()
-            w, own, info = solve_many(solver, objective, w, data, lanes=lanes, state=own, tol=tol)
-            return w, own, info.inner.num_steps, info.lane_steps[None]
-
-        own = getattr(state, "inner", None)
-        solve = on_lanes.on_devices(self.mesh, here)
-        w, own, taken, spent = solve(w, self.task_data, own, engine.inner_tol(state))
-        spent = jnp.sum(spent, dtype=jnp.int32)
-        return w, state if own is None else state._replace(inner=own), taken, spent
 
 
 class Part(Tasks):

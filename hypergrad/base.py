@@ -20,6 +20,8 @@ from solvers import (
     tree,
 )
 from solvers.fields import Settings
+from solvers.linear.base import LinearInfo
+from solvers.linear.lanes import System
 from solvers.status import combine, where
 from solvers.types import Tree
 
@@ -93,6 +95,8 @@ class HypergradInfo(NamedTuple):
     """Of a mean over tasks: the report of each, stacked."""
     lane_steps: Any = None
     """Of a mean over tasks: inner steps of all lanes, idle or not, int32; `inner.num_steps` are the useful ones."""
+    adjoint_lane_steps: Any = None
+    """The same of products of the adjoint systems, where these went on refilled lanes; else None."""
     drawn: Any = None
     """Of a mean over tasks that were drawn: their `numbers`, and the `factors` that each counts with."""
     multipliers: Any = None
@@ -159,6 +163,20 @@ class AbstractEngine(Settings):
     def adjoint(self, state: Any) -> Tree | None:
         """The solution of the adjoint system that the last step found; None where the engine has none."""
         return None
+
+    def adjoint_apart(self, problem: BilevelProblem, solver: Solver, lam: Tree) -> bool:
+        """Whether `adjoint_system` gives the one system that a step solves, so that it may be solved apart."""
+        return False
+
+    def adjoint_system(
+        self, problem: BilevelProblem, solver: Solver, w: Tree, lam: Tree, state: Any, key: Array
+    ) -> System:
+        """The system of `step` where the inner problem is solved by `w`."""
+        raise NotImplementedError
+
+    def with_adjoint(self, x: Tree, info: LinearInfo) -> "AbstractEngine":
+        """The engine for one step, with the solution of that system."""
+        raise NotImplementedError
 
     def inner_tol(self, state: Any) -> Array | None:
         """The tolerance of the next inner solve, where the engine sets it; None leaves it to the solver."""

@@ -1,5 +1,6 @@
 """Implicit differentiation."""
 
+import typing
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -36,6 +37,7 @@ from solvers import (
 from solvers.fields import Number, cast, number, static, unchecked
 from solvers.gradient import linearized_hvp
 from solvers.linear.cg import preconditioned
+from solvers.linear.lanes import Given, System
 from solvers.linear.spectrum import ritz_values
 from solvers.loops import solve
 from solvers.types import MatVec, Scalar, Tree
@@ -151,8 +153,7 @@ class Implicit(AbstractEngine):
         objective, sampler = problem.inner_objective(lam), problem.inner_sampler(key)
         batch = sampler(0)
         w = problem.start(w, lam, batch)
-        default = CG() if solver.symmetric else GMRES()
-        linear = default if self.linear_solver is None else self.linear_solver
+        linear = self._linear(solver)
         if state.accuracy is not None:
             solver, linear = _at(state.accuracy, solver, linear, sampler.varies)
         linear_key = jax.random.fold_in(key, 2)
@@ -166,18 +167,8 @@ class Implicit(AbstractEngine):
         w, inner_state, inner = solve(solver, objective, w, inner_state, sampler)
 
         value, c, grad_lam = outer_value_and_grads(problem, w, lam, problem.outer_batch(key))
-        if solver.symmetric:
-            residual, hvp = linearized_hvp(objective, w, batch)
-        else:
-            residual, _, hvp = linearized_map(solver, objective, w, batch)
-        if self.gauss_newton:
-            hvp = _gauss_newton(problem, solver, objective)(w, lam, batch)
-        if isinstance(self.damping, str) and not solver.symmetric:
-            raise ValueError(
-                "Implicit(damping='auto') is for losses: a fixed point has no curvature."
-            )
-        damping = self._damping(hvp, w, jax.random.fold_in(key, 4))
-        warm = tree.where(tree.all_finite(state.adjoint), state.adjoint, tree.zeros_like(w))
+        residual, hvp, damping = self._products(problem, solver, w, lam, batch, key)
+        warm = _warm(state)
 
         def solve_adjoint(product: MatVec, b: Tree) -> tuple[Tree, LinearInfo]:
             prepared = linear.init(product, w, linear_key)
@@ -234,6 +225,61 @@ class Implicit(AbstractEngine):
             state = state._replace(accuracy=new)
         return h, state
 
+    def _linear(self, solver: AbstractInnerSolver) -> AbstractLinearSolver:
+        default = CG() if solver.symmetric else GMRES()
+        return default if self.linear_solver is None else self.linear_solver
+
+    def _products(
+        self,
+        problem: BilevelProblem,
+        solver: AbstractInnerSolver,
+        w: Tree,
+        lam: Tree,
+        batch: Any,
+        key: Array,
+    ) -> tuple[Tree, MatVec, Scalar]:
+        """What is left of the inner equation at `w`, products with H or what stands for it, and the damping."""
+        objective = problem.inner_objective(lam)
+        if solver.symmetric:
+            residual, hvp = linearized_hvp(objective, w, batch)
+        else:
+            residual, _, hvp = linearized_map(solver, objective, w, batch)
+        if self.gauss_newton:
+            hvp = _gauss_newton(problem, solver, objective)(w, lam, batch)
+        if isinstance(self.damping, str) and not solver.symmetric:
+            raise ValueError(
+                "Implicit(damping='auto') is for losses: a fixed point has no curvature."
+            )
+        return residual, hvp, self._damping(hvp, w, jax.random.fold_in(key, 4))
+
+    def adjoint_apart(self, problem: BilevelProblem, solver: Solver, lam: Tree) -> bool:
+        """By CG, where nothing but its products has to be prepared, and `w` stays where the inner solver left it."""
+        at_lam = make_solver(solver, lam)
+        plain = not has_prox(problem) and problem.inner_objective(lam).preconditioner is None
+        own = type(self._linear(at_lam)) is CG and not isinstance(self.damping, str)
+        return at_lam.symmetric and plain and own and self.warm_start == "last"
+
+    def adjoint_system(
+        self,
+        problem: BilevelProblem,
+        solver: Solver,
+        w: Tree,
+        lam: Tree,
+        state: "_State",
+        key: Array,
+    ) -> System:
+        solver, sampler = make_solver(solver, lam), problem.inner_sampler(key)
+        linear = self._linear(solver)
+        if state.accuracy is not None:
+            _, linear = _at(state.accuracy, solver, linear, sampler.varies)
+        _, hvp, damping = self._products(problem, solver, w, lam, sampler(0), key)
+        _, c, _ = outer_value_and_grads(problem, w, lam, problem.outer_batch(key))
+        product = lambda v: tree.axpy(damping, v, hvp(v))
+        return System(product, c, _warm(state), typing.cast(CG, linear), jax.random.fold_in(key, 2))
+
+    def with_adjoint(self, x: Tree, info: LinearInfo) -> "Implicit":
+        return unchecked(self, linear_solver=Given(x, info))
+
     def _damping(self, hvp: MatVec, w: Tree, key: Array) -> Scalar:
         if not isinstance(self.damping, str):
             return cast(self.damping, jnp.zeros((), tree.accumulation_dtype(w)))
@@ -260,6 +306,12 @@ def _gauss_newton(problem: BilevelProblem, solver: Solver, objective: Any) -> Ca
     if has_prox(problem) or not solver.symmetric:
         raise ValueError("Implicit(gauss_newton=True) is for smooth inner losses without a prox.")
     return own
+
+
+def _warm(state: "_State") -> Tree:
+    """The last adjoint, where it is one."""
+    q = state.adjoint
+    return tree.where(tree.all_finite(q), q, tree.zeros_like(q))
 
 
 class _State(NamedTuple):

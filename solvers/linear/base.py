@@ -43,13 +43,8 @@ class AbstractLinearSolver(Settings):
         self, matvec: MatVec, b: Tree, x0: Tree, state: Any, key: Array
     ) -> tuple[Tree, LinearInfo]:
         """Solve from the start `x0`. The state is what `init` returned for this operator."""
-        # For b of unit size no inner product underflows or overflows, whatever the size given.
-        size = tree.max_abs(b)
-        unit = jnp.where((size > 0) & jnp.isfinite(size), size, jnp.ones_like(size))
-        # A start so large against b that its residual's square might overflow is dropped.
-        usable = tree.max_abs(x0) < unit * jnp.finfo(unit.dtype).max ** 0.25
-        start = tree.where(usable, tree.divide(x0, unit), tree.zeros_like(x0))
-        x, info = self.solve_unit(matvec, tree.divide(b, unit), start, state, key, unit)
+        b, x0, unit = to_unit(b, x0)
+        x, info = self.solve_unit(matvec, b, x0, state, key, unit)
         return tree.scale(unit, x), info
 
     @abc.abstractmethod
@@ -60,6 +55,16 @@ class AbstractLinearSolver(Settings):
 
         An absolute tolerance has to be divided by it too.
         """
+
+
+def to_unit(b: Tree, x0: Tree) -> tuple[Tree, Tree, Scalar]:
+    """`(b / unit, x0 / unit, unit)`: of unit size, so that no inner product underflows or overflows."""
+    size = tree.max_abs(b)
+    unit = jnp.where((size > 0) & jnp.isfinite(size), size, jnp.ones_like(size))
+    # A start so large against b that its residual's square might overflow is dropped.
+    usable = tree.max_abs(x0) < unit * jnp.finfo(unit.dtype).max ** 0.25
+    start = tree.where(usable, tree.divide(x0, unit), tree.zeros_like(x0))
+    return tree.divide(b, unit), start, unit
 
 
 def target_residual(b: Tree, rtol: Number | None, atol: Number, unit: Scalar) -> Scalar:

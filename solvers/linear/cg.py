@@ -67,6 +67,12 @@ class CG(AbstractLinearSolver):
     def solve_unit(
         self, matvec: MatVec, b: Tree, x0: Tree, state: Any, key: Array, unit: Scalar
     ) -> tuple[Tree, LinearInfo]:
+        iteration = self.iteration(matvec, b, state, unit)
+        carry = jax.lax.while_loop(lambda c: ~is_done(c), iteration.step, iteration.begin(x0))
+        return iteration.end(carry)
+
+    def iteration(self, matvec: MatVec, b: Tree, state: Any, unit: Scalar) -> "Iteration":
+        """The parts of `solve_unit`, for loops of many systems."""
         b_norm = tree.norm(b)
         dtype = b_norm.dtype
         eps = tree.epsilon(b)
@@ -90,8 +96,6 @@ class CG(AbstractLinearSolver):
         if isinstance(approximate, AbstractPreconditioner):
             largest = largest + cast(approximate.largest(state), b_norm)
 
-        x0 = tree.where(b_norm > 0, x0, tree.zeros_like(x0))
-        warm = tree.max_abs(x0) > 0
         zero, one = jnp.zeros((), dtype), jnp.ones((), dtype)
 
         def is_open(residual: Scalar, steps: Scalar, code: Scalar) -> Array:
@@ -156,37 +160,40 @@ class CG(AbstractLinearSolver):
             direction = tree.where(s.recompute > 0, x, tree.axpy(s.beta, c.direction, z))
             return _Carry(x, r, direction, scalars)
 
-        z = precondition(b)
-        start = _Scalars(
-            gamma=tree.vdot(b, z),
-            beta=zero,
-            last_true=jnp.where(warm, jnp.inf, b_norm),
-            recompute=warm.astype(dtype),
-            done=(~warm & ~is_open(b_norm, zero, zero)).astype(dtype),
-            steps=zero,
-            code=zero,
-            curvature=jnp.full_like(zero, jnp.inf),
-            largest=largest,
-        )
-        carry = jax.lax.while_loop(
-            lambda c: ~(_unpack(_Scalars, c.scalars).done > 0),
-            step,
-            _Carry(x0, b, tree.where(warm, x0, z), _pack(start)),
-        )
-        last = _unpack(_Scalars, carry.scalars)
-        curvature = jnp.where(jnp.isinf(last.curvature), jnp.nan, last.curvature)
-        info = finish(
-            matvec,
-            b,
-            carry.x,
-            carry.r,
-            num_steps=last.steps.astype(jnp.int32),
-            code=last.code.astype(jnp.int32),
-            curvature=curvature,
-            target=target,
-            largest=last.largest,
-        )
-        return carry.x, accept_fixed_budget(info, self.rtol, self.atol)
+        def begin(x0: Tree) -> _Carry:
+            x0 = tree.where(b_norm > 0, x0, tree.zeros_like(x0))
+            warm = tree.max_abs(x0) > 0
+            z = precondition(b)
+            start = _Scalars(
+                gamma=tree.vdot(b, z),
+                beta=zero,
+                last_true=jnp.where(warm, jnp.inf, b_norm),
+                recompute=warm.astype(dtype),
+                done=(~warm & ~is_open(b_norm, zero, zero)).astype(dtype),
+                steps=zero,
+                code=zero,
+                curvature=jnp.full_like(zero, jnp.inf),
+                largest=largest,
+            )
+            return _Carry(x0, b, tree.where(warm, x0, z), _pack(start))
+
+        def end(carry: _Carry) -> tuple[Tree, LinearInfo]:
+            last = _unpack(_Scalars, carry.scalars)
+            curvature = jnp.where(jnp.isinf(last.curvature), jnp.nan, last.curvature)
+            info = finish(
+                matvec,
+                b,
+                carry.x,
+                carry.r,
+                num_steps=last.steps.astype(jnp.int32),
+                code=last.code.astype(jnp.int32),
+                curvature=curvature,
+                target=target,
+                largest=last.largest,
+            )
+            return carry.x, accept_fixed_budget(info, self.rtol, self.atol)
+
+        return Iteration(begin, step, end)
 
 
 def preconditioned(
@@ -198,6 +205,22 @@ def preconditioned(
         return linear
     prepared = own(w, getattr(objective, "args", None), batch)
     return dataclasses.replace(linear, preconditioner=prepared)
+
+
+def is_done(carry: Any) -> Array:
+    """Of what the steps of an `Iteration` move."""
+    return _unpack(_Scalars, carry.scalars).done > 0
+
+
+class Iteration(NamedTuple):
+    """One solve in parts."""
+
+    begin: Callable[[Tree], Any]
+    """From the start `x0`, what the steps move."""
+    step: Callable[[Any], Any]
+    """One product, with a direction or with `x` to recompute the residual."""
+    end: Callable[[Any], tuple[Tree, LinearInfo]]
+    """The solution and its report."""
 
 
 class _Carry(NamedTuple):

@@ -16,7 +16,7 @@ import optax
 import pytest
 
 import bilevel as bl
-from bilevel import checkpoint, lane_choice
+from bilevel import checkpoint, fingerprint, lane_choice
 
 STEPS = 24
 X = np.random.default_rng(0).standard_normal((2, 12, 3))
@@ -161,6 +161,34 @@ def test_another_problem_version_or_run_is_told(tmp_path, whole, monkeypatch):
         rewrite(tmp_path / name, lambda meta: meta.update(format=99))
     with pytest.raises(ValueError, match="format 99, of bilevel"):
         run(tmp_path, resume=True)
+
+
+def test_another_loss_of_the_same_shapes_is_told(tmp_path, monkeypatch):
+    """Another program, or another constant in it; the same losses, built anew, are not."""
+    run(tmp_path, num_steps=2)
+    run(tmp_path, num_steps=2, resume=True)
+    first = outer
+    monkeypatch.setitem(globals(), "outer", lambda w, lam, X: 2 * first(w, lam, X))
+    with pytest.warns(
+        RuntimeWarning, match="the outer loss does not compute what it did when step-"
+    ):
+        run(tmp_path, num_steps=4, resume=True)
+
+
+def test_the_digest_of_a_loss_sees_constants_and_tasks():
+    def digests(shift, factor=1.0, tasks=False):
+        loss = lambda w, lam, X: inner(w, lam, X) + factor * jnp.asarray(shift) @ w
+        problem = bl.Problem(loss, outer, None if tasks else X[0], None if tasks else X[1])
+        w = np.zeros((2, 3) if tasks else 3)
+        problem = bl.Tasks(problem, X) if tasks else problem
+        return fingerprint.losses(problem, w, {"p": np.ones(3)}, jax.random.key(0))
+
+    for tasks in (False, True):
+        first = digests(np.zeros(3), tasks=tasks)
+        assert set(first) == {"inner", "outer"}
+        assert digests(np.zeros(3), tasks=tasks) == first
+        for other in (digests(np.ones(3), tasks=tasks), digests(np.zeros(3), 2.0, tasks)):
+            assert other["inner"] != first["inner"] and other["outer"] == first["outer"]
 
 
 def test_a_disk_that_fails_costs_no_result(tmp_path, whole):

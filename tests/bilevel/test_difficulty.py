@@ -9,7 +9,9 @@ import pytest
 import bilevel as bl
 from bilevel import on_lanes
 from bilevel.calls import engine_step
-from bilevel.difficulty import UNIFORM, TaskStates, chances
+from bilevel.difficulty import UNIFORM, TaskStates, after, chances
+from hypergrad.base import make_info
+from solvers import SolveInfo
 
 H = np.array([1.0, 2.0, 4.0, 8.0, 3.0])
 B = np.array([9.0, 0.2, 1.0, 0.5, 3.0])
@@ -109,11 +111,11 @@ def test_a_break_changes_no_draw(key, tmp_path):
 
 
 def test_a_step_that_fails_says_nothing_of_difficulty(key):
-    state = TaskStates((), jnp.zeros(2, int), jnp.zeros(2, int), jnp.array([1.0, jnp.nan]))
-    from bilevel.difficulty import after
-
-    norms, steps = jnp.array([jnp.inf, jnp.nan]), jnp.zeros(2, int)
-    new = after(state, (), norms, steps, steps, None)
+    zero = jnp.zeros(2, jnp.int32)
+    state = TaskStates((), zero, zero, zero, jnp.array([1.0, jnp.nan]))
+    each = make_info(zero, SolveInfo(zero, zero, zero, zero), jnp.zeros(2))
+    each = each._replace(adjoint_steps=zero, status=zero)
+    new = after(state, (), jnp.array([jnp.inf, jnp.nan]), each, None)
     np.testing.assert_array_equal(new.difficulty, [1.0, np.nan])
 
 

@@ -46,10 +46,11 @@ def tasks(count=40, lanes=None):
 @pytest.mark.parametrize(
     ("times", "backend", "best", "tried"),
     [
-        (SMALL, "cpu", 16, [1, 4, 8, 16, 32]),
-        (SMALL | {16: 65.0}, "cpu", 4, [1, 4, 8, 16, 32]),  # not faster by a twentieth
-        (LARGE, "cpu", 1, [1, 4]),
-        (EQUAL, "cpu", 1, [1, 4, 8, 16, 32, 40]),
+        (SMALL, "cpu", 16, [1, 40, 4, 8, 16, 32]),
+        (SMALL | {16: 65.0}, "cpu", 4, [1, 40, 4, 8, 16, 32]),  # not faster by a twentieth
+        (LARGE | {40: 900.0}, "cpu", 1, [1, 40, 4]),
+        (SMALL | {1: 40.0, 40: 30.0}, "cpu", 40, [1, 40, 4]),  # the fastest at an end
+        (EQUAL, "cpu", 1, [1, 40, 4, 8, 16, 32]),
         (EQUAL, "gpu", 40, [40, 32, 16, 8, 4, 1]),
         (WIDE, "gpu", 40, [40, 32, 16]),
     ],

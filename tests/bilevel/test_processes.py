@@ -122,6 +122,7 @@ def compare(folder, count, expected):
     [
         ("--processes 2 nosuch.py", "no script 'nosuch.py'"),
         ("--processes 0 {}", "expected at least 1"),
+        ("--processes 2 --coordinator h:1 {}", "expected --processes, --process and"),
         ("--process 1 {}", "expected --processes, --process and --coordinator together"),
         ("--processes 2 --process 2 --coordinator h:1 {}", "--process is 2, .* expected 0 to 1"),
     ],
@@ -142,7 +143,9 @@ def test_a_cluster_has_started_the_processes(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out == f"['--processes', '2'] {tmp_path}\n"
     line = ["launch", "--processes", "3", "--process", "1", "--coordinator", "h:1", str(script)]
     assert cli.main(line) == 0
-    assert calls == [(None, None, None), ("h:1", 3, 1)]
+    monkeypatch.setenv("JOB_COMPLETION_INDEX", "2")
+    assert cli.main(["launch", "--processes", "3", "--coordinator", "h:1", str(script)]) == 0
+    assert calls == [(None, None, None), ("h:1", 3, 1), ("h:1", 3, 2)]
 
     def none(*_):
         raise ValueError("coordinator_address should be defined.")

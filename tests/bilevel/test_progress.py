@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import bilevel as bl
-from bilevel import cli, progress
+from bilevel import cli, live, progress
 
 
 def inner(w, lam, batch):
@@ -54,6 +54,84 @@ def test_one_live_line_with_rich(monkeypatch):
     assert "\x1b[2K" in text  # the line is erased and drawn again
     assert text.count("\n") == 1 and "step 6/6" in text
     assert text.endswith("\x1b[?25h")  # the cursor is back
+
+
+def history(count: int, **columns) -> bl.History:
+    rows = dict.fromkeys(bl.History._fields, np.zeros(count))
+    rows |= {"error_estimate": np.full(count, np.nan), "status": np.zeros(count, int), **columns}
+    return bl.History(**{name: np.asarray(column) for name, column in rows.items()})
+
+
+@pytest.mark.parametrize("width", [60, 140])
+def test_the_panel_tells_what_chunks_brought(width, monkeypatch):
+    console = pytest.importorskip("rich.console")
+    clock = iter([0.0, 10.0, 12.0, 13.0])
+    monkeypatch.setattr(progress.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(progress, "memory", lambda: "  device 3 GB of 8 GB")
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    bar = progress.Progress("panel", 100)
+    steps = np.array([30, 10], np.int32)
+    work = {"inner_steps": steps, "lane_steps": 2 * steps, "adjoint_steps": np.array([3, 5])}
+    first = history(2, outer_value=[9.0, 5.0], error_estimate=[np.nan, 0.02], **work)
+    second = history(3, outer_value=[4.0, np.nan, 1.0], grad_norm=[0, 0, 0.25], status=[0, 0, 1])
+    tasks = np.array([0, 0, 1, -1])
+    bar.update(2, 5.0, 1.0, seen=live.Seen(first, (5.0, 1), tasks))
+    bar.update(5, 1.0, 0.25, seen=live.Seen(second._replace(**work), (1.0, 4), tasks))
+    shown = console.Console(record=True, width=width, file=io.StringIO(), force_terminal=True)
+    shown.print(bar.live.get_renderable())
+    lines = shown.export_text().splitlines()
+    assert {len(line) for line in lines} == {width}
+    text = {line[2:17].strip(): line[17:-1].strip() for line in lines}
+    bars = min(width - 40, 40)
+    assert text["step"] == "5 of 100  " + "█" * (bars // 20) + "░" * (bars - bars // 20)
+    assert text["outer value"] == "1" and text["best so far"] == "1 at step 4"
+    assert text[""].endswith("█▅▄x▁")
+    assert text["hypergradient"] == "norm 0.25  relative error about 0.02"
+    assert text["inner steps"] == "20 per step, 80 in all"
+    assert text["adjoint steps"] == "4 per step, 16 in all"
+    assert text["lanes"] == "50% busy" and text["device"] == "3 GB of 8 GB"
+    assert text["steps"] == "4 OK, 1 MAX_STEPS"
+    assert text["tasks"] == "2 OK, 1 MAX_STEPS, 1 not yet"
+    assert text["time"] == "12.0 s, about 63 s left"
+    assert live.sparkline([1.0, 3.0, 5.0, 5.0, 0.0], 3) == "▄█▁"
+    assert live.sparkline([], 5) == "" and live.sparkline([2.0, 2.0], 5) == "▁▁"
+
+
+def test_a_run_with_a_panel_and_where_there_is_none(monkeypatch, capsys):
+    pytest.importorskip("rich")
+    with pytest.raises(ValueError, match="'panel', got 'pannel'"):
+        run(progress="pannel")
+    run(progress="panel")  # no terminal
+    assert [line.split("  ")[0] for line in capsys.readouterr().err.splitlines()][-1] == "step 6/6"
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(sys, "stderr", terminal := Terminal())
+    tasks = bl.Tasks(bl.Problem(lambda w, lam, x: inner(w, lam, x) * x, outer), np.ones(3))
+    result = bl.run(tasks, 2.0, 0.0, num_steps=4, chunk=2, progress="panel")
+    text = terminal.getvalue()
+    assert "4 of 4" in text and "3 OK" in text and "best so far" in text
+    np.testing.assert_array_equal(result.state.engine.status, np.zeros(3))
+    monkeypatch.setitem(sys.modules, "rich.console", None)
+    with pytest.raises(ImportError, match=r"pip install 'bilevel\[tune\]'"):
+        run(progress="panel")
+
+
+def test_a_profile_of_the_second_chunk(tmp_path, capsys, monkeypatch):
+    folder = tmp_path / "trace"
+    result, whole = run(profile=folder), run()
+    np.testing.assert_array_equal(result.history.outer_value, whole.history.outer_value)
+    assert list(folder.rglob("*.xplane.pb")) and "steps 2 to 3 in" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="expected a writable directory"):
+        run(profile=__file__)
+    progress.jax.profiler.start_trace(tmp_path / "other")
+    try:
+        with pytest.warns(RuntimeWarning, match="is another one running"):
+            assert len(run(profile=folder).history.status) == 6
+    finally:
+        progress.jax.profiler.stop_trace()
+    with pytest.warns(RuntimeWarning, match="compilation is in its profile"):
+        bl.run(bl.Problem(inner, outer), 2.0, 0.0, num_steps=2, chunk=2, profile=tmp_path / "one")
+    assert list((tmp_path / "one").rglob("*.xplane.pb"))
 
 
 def test_time_left_is_the_pace_after_the_first_chunk(monkeypatch, capsys):

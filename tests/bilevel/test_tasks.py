@@ -9,6 +9,7 @@ import optax
 import pytest
 
 import bilevel as bl
+from bilevel.calls import engine_step, init_engine
 from bilevel.task_report import together
 from hypergrad.base import make_info
 from solvers import SolveInfo
@@ -224,6 +225,62 @@ def test_shared_data_come_first_in_the_batch(data):
     np.testing.assert_allclose(h.info.outer_value, value, rtol=1e-9)
     steps = h.info.tasks.inner.num_steps
     assert int(h.info.inner.num_steps) == int(jnp.sum(steps)) and np.all(steps > 1)
+
+
+def test_adjoint_systems_on_refilled_lanes_are_those_of_one_by_one(seed):
+    """Task 3 has a saddle that its start is on, task 5 more steps to take than CG may, task 6 is not solved."""
+    rng = np.random.default_rng([seed, 7])
+    count, dim = 12, 8
+    # As many steps as there are eigenvalues: four, eight of task 5.
+    spread = rng.permutation(np.linspace(0, 2, count))
+    H = np.stack([np.diag(np.repeat(np.logspace(0, d, 4), 2)) for d in spread])
+    H[5] = np.diag(np.logspace(0, 2, dim))
+    H[3, 0, 0] = -5.0
+    b, c = rng.standard_normal((2, count, dim))
+    b[3, 0], c[3, 0], b[6] = 0.0, 2.0, np.nan
+    lam = jnp.asarray(LAM)
+    start = np.linalg.solve(H + LAM * np.eye(dim), b[:, :, None])[:, :, 0]
+    start[6] = 0.0
+    start = jnp.asarray(start)
+    data = {"H": H, "b": b, "c": c}
+    engine = bl.Implicit(bl.CG(rtol=1e-12, max_steps=7), damping=0.3, estimate=False)
+    problem = bl.Problem(inner, outer)
+    solver, key = bl.GradientDescent(0.004, max_steps=50, tol=1e-9), jax.random.key(0)
+    found = {}
+    for lanes in (1, 4, None):
+        tasks = bl.Tasks(problem, data, lanes=lanes)
+        own = init_engine(tasks, solver, engine, start, lam, key)
+        h, own = engine_step(tasks, solver, engine, start, lam, own, key, jnp.int32(0))
+        found[lanes] = h.info, own.own.adjoint
+    (one, q), (few, q_few), (info, _) = found[1], found[4], found[None]
+    names = [bl.Status(code).name for code in np.asarray(one.tasks.status)]
+    assert [names[i] for i in (0, 3, 5, 6)] == ["OK", "INDEFINITE", "MAX_STEPS", "NONFINITE"]
+    np.testing.assert_array_equal(few.tasks.status, one.tasks.status)
+    np.testing.assert_array_equal(few.tasks.adjoint_steps, one.tasks.adjoint_steps)
+    np.testing.assert_allclose(few.tasks.curvature, one.tasks.curvature, rtol=1e-6)
+    good = [i for i in range(count) if i not in (3, 5, 6)]
+    damped = H + (LAM + 0.3) * np.eye(dim)
+    exact = np.linalg.solve(damped, (start - c)[:, :, None])[:, :, 0]
+    np.testing.assert_allclose(q_few[np.array(good)], exact[good], rtol=1e-6, atol=1e-8)
+    np.testing.assert_allclose(q_few[5], q[5], rtol=1e-6, atol=1e-9)
+    assert one.adjoint_lane_steps is None and info.adjoint_lane_steps is None
+    assert int(few.adjoint_lane_steps) >= int(few.adjoint_steps)
+
+
+def test_warm_adjoints_and_tolerances_of_their_own_on_refilled_lanes(data):
+    """The second step begins at the adjoint of the first; with `target` each task has its own tolerances."""
+    for engine in (bl.Implicit(bl.CG(rtol=1e-6), estimate=False), bl.Implicit(target=1e-3)):
+        histories = []
+        for lanes in (1, 2):
+            tasks = bl.Tasks(bl.Problem(inner, outer), data, lanes=lanes)
+            settings = {"solver": SOLVER, "engine": engine, "outer": optax.sgd(1e-6)}
+            result = bl.run(tasks, LAM, np.zeros(DIM), num_steps=3, chunk=3, **settings)
+            histories.append(result.history)
+        one, two = histories
+        np.testing.assert_array_equal(two.adjoint_steps, one.adjoint_steps)
+        np.testing.assert_allclose(two.grad_norm, one.grad_norm, rtol=1e-7)
+        if engine.target is None:
+            assert two.adjoint_steps[0] > 0 == two.adjoint_steps[1]
 
 
 @pytest.mark.parametrize("memory", [0, 2])
