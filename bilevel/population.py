@@ -183,7 +183,7 @@ def run_population(
             saved, store, journal, processes.Team(), Progress(progress, num_steps)
         )
 
-    end, history = saved.state, join(saved.history, empty)
+    end, history = saved.state, join(saved.history, lambda: empty)
     members = []
     for i in range(count):
         state = _row(end.members, i)

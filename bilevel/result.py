@@ -1,7 +1,7 @@
 """What a run returns, and the error it raises."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -134,10 +134,10 @@ def record(h: Hypergradient) -> History:
     )
 
 
-def join(pieces: Sequence[History], empty: History) -> History:
-    """Chunks of history as one, in NumPy arrays."""
+def join(pieces: Sequence[History], entries: Callable[[], History]) -> History:
+    """Chunks of history as one, in NumPy arrays; where there are none, `entries()` has their dtypes."""
     if not pieces:
-        return jax.tree.map(lambda leaf: np.zeros((0,), jnp.result_type(leaf)), empty)
+        return jax.tree.map(lambda leaf: np.zeros((0,), jnp.result_type(leaf)), entries())
     return jax.tree.map(lambda *parts: np.concatenate(parts), *pieces)
 
 

@@ -242,11 +242,9 @@ def losses(problem: Any, w: Any, lam: Any) -> None:
         first = lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype)
         w = jax.tree.map(first, w)
         problem = Task(problem.problem, jax.tree.map(first, problem.task_data))
-    if isinstance(problem, Problem) and problem.batch_size == (None, None):
-        inner_batch, outer_batch = (
-            problem.inner_data,
-            problem.outer_data,
-        )  # the common case: no trace
+    if isinstance(problem, Problem):  # the common case: no trace
+        levels = zip((problem.inner_data, problem.outer_data), problem.batch_size, strict=True)
+        inner_batch, outer_batch = (_rows(data, size) for data, size in levels)
     else:
         inner_batch = eqx.filter_eval_shape(lambda p, k: p.inner_sampler(k)(0), problem, key)
         outer_batch = eqx.filter_eval_shape(lambda p, k: p.outer_batch(k), problem, key)
@@ -270,6 +268,15 @@ def losses(problem: Any, w: Any, lam: Any) -> None:
         for value in jax.tree.leaves(eqx.filter_eval_shape(constraints, problem, w, lam)):
             if not jnp.issubdtype(value.dtype, jnp.floating):
                 raise ValueError(f"constraints must be floating point, got {_describe(value)}.")
+
+
+def _rows(data: Any, size: int | None) -> Any:
+    """What a batch of so many rows looks like."""
+    if size is None:
+        return data
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct((size, *leaf.shape[1:]), leaf.dtype), data
+    )
 
 
 @functools.lru_cache(maxsize=256)
