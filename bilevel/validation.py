@@ -237,7 +237,6 @@ def problem(value: Any) -> Any:
 
 def losses(problem: Any, w: Any, lam: Any) -> None:
     """Both losses must take these shapes and give a floating-point scalar. Cached by loss and shapes."""
-    key = jax.random.key(0)
     if isinstance(problem, Tasks):
         first = lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype)
         w = jax.tree.map(first, w)
@@ -246,6 +245,7 @@ def losses(problem: Any, w: Any, lam: Any) -> None:
         levels = zip((problem.inner_data, problem.outer_data), problem.batch_size, strict=True)
         inner_batch, outer_batch = (_rows(data, size) for data, size in levels)
     else:
+        key = jax.random.key(0)
         inner_batch = eqx.filter_eval_shape(lambda p, k: p.inner_sampler(k)(0), problem, key)
         outer_batch = eqx.filter_eval_shape(lambda p, k: p.outer_batch(k), problem, key)
     for name, batch in (("inner", inner_batch), ("outer", outer_batch)):
