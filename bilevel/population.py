@@ -120,6 +120,11 @@ def run_population(
         for i, (start, own_engine, own_solver) in enumerate(zip(starts, engines, solvers, strict=True))
     ]  # fmt: skip
     first = given[0]
+    if any(one.rule != first.rule for one in given):
+        raise ValueError(
+            "the members move by one outer rule, and their engines want plain steps at different rates: expected "
+            "engines with the same outer_step."
+        )
     # Batches differ by the members' keys, the order that the rows lie in does not.
     problem = shuffled(first.problem, key)
     stacked = _stacked([one._replace(problem=None, rule=None, scales=None) for one in given])
