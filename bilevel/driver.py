@@ -7,7 +7,6 @@ from typing import Any
 
 import equinox as eqx
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import Array
@@ -135,7 +134,7 @@ def run(
         if stream is not None:
             tasks = stream.load(engine, solver, state, length)
         part = sharding.placed(tasks, part)
-        sizes = jnp.int32(length), jnp.asarray(estimate), chunk
+        sizes = np.int32(length), np.bool_(estimate), chunk  # no dispatch
         args = (tasks, solver, rule, scales, part, key, *sizes)
         own = engine
         if getattr(engine, "memory_budget", None) is not None:
@@ -189,7 +188,7 @@ def run(
         saved, stopped = chunks.run(saved, store, journal, team, bar)
 
     end: RunState = saved.state
-    lam = outer_steps.point(rule, scales, end._replace(w=None, engine=None, best=None))
+    lam = outer_steps.point(rule, scales, end)
     result = finished(
         engine,
         lam,

@@ -170,13 +170,17 @@ def _outer_step(
     return project_natural(transforms.forward(scales, u)), outer_state, value, margin
 
 
-@eqx.filter_jit
 def point(rule, scales, state: RunState) -> Tree:
     """The outer variable of the result: an outer method may just have been about to try another."""
     if not isinstance(rule, OuterMethod):
         return state.lam
-    _, unflatten = tree.flatten(transforms.inverse(scales, state.lam))
-    return transforms.forward(scales, unflatten(rule.point(state.outer)))
+    return _accepted(rule, scales, state.lam, state.outer)
+
+
+@eqx.filter_jit
+def _accepted(rule: OuterMethod, scales, lam: Tree, outer_state: Any) -> Tree:
+    _, unflatten = tree.flatten(transforms.inverse(scales, lam))
+    return transforms.forward(scales, unflatten(rule.point(outer_state)))
 
 
 def _select(condition: Array, x: Any, y: Any) -> Any:
