@@ -8,6 +8,7 @@ of one loss, a product one with a Hessian, its cross derivative included; of eng
 evaluations of the losses are counted as they run, of single loops it is `engine.cost()`.
 
     python benchmarks/label_cleaning.py [--data digits] [--seeds 0-4] [--engines implicit ...]
+    python benchmarks/label_cleaning.py --model network [--out benchmarks/results/label_cleaning_network_cpu.json]
     python benchmarks/label_cleaning.py --data DIRECTORY_OF_IDX_FILES [--trusted 5000] [--seeds 0-1]
         [--picture thrown_out.png] [--out benchmarks/results/label_cleaning_mnist_cpu.json]
 
@@ -15,6 +16,7 @@ Seeds 100 and up with `--validate` (a fifth of the trusted rows is the test) are
 """
 
 import argparse
+import json
 import statistics
 import time
 from pathlib import Path
@@ -25,8 +27,9 @@ import jax.numpy as jnp
 import label_cleaning_engines
 import numpy as np
 from label_cleaning_data import Rows, draw, load
-from label_cleaning_engines import Setting, inner, outer, settings
+from label_cleaning_engines import Setting, inner, network_settings, outer, settings
 from label_cleaning_fits import Fit, accuracy, baselines, counted, loss
+from label_cleaning_models import start
 
 import bilevel as bl
 from bilevel.tuning.errors import InputError
@@ -38,14 +41,25 @@ LARGE = 2000
 """With more training rows the cold run is cut after its first chunk of steps (at most a tenth of them)."""
 
 
+MODEL = "softmax"
+"""That of the whole run: `--model`."""
+
+
+def begin(rows: Rows, seed: int):
+    return start(MODEL, rows.train["X"].shape[1], seed)
+
+
 def run(setting: Setting, rows: Rows, seed: int, losses=(inner, outer), callback=None) -> bl.Result:
     size = setting.batch
     sizes = (size, None if size is None else min(size, len(rows.trusted["y"])))
-    problem = bl.Problem(*losses, rows.train, rows.trusted, batch_size=sizes)
+    own = setting.gauss_newton
+    problem = bl.Problem(
+        *losses, rows.train, rows.trusted, batch_size=sizes, inner_gauss_newton=own
+    )
     return bl.run(
         problem,
         jnp.zeros(len(rows.truth)),
-        jnp.zeros((rows.train["X"].shape[1], 10)),
+        begin(rows, seed),
         engine=setting.engine,
         solver=setting.solver,
         outer=setting.outer,
@@ -82,21 +96,21 @@ def oracles(setting: Setting, result: bl.Result, rows: Rows, seed: int) -> dict[
     return {"gradients": sum(count.values()), "products": products}
 
 
-def judge(result: bl.Result, rows: Rows) -> dict:
+def judge(result: bl.Result, rows: Rows, seed: int) -> dict:
     """What the weights are worth."""
     lam = np.asarray(result.lam)
     weights, kept = 1 / (1 + np.exp(-lam.astype(float))), lam > 0
-    start = jnp.zeros_like(result.w)
+    first = begin(rows, seed)
     # The inner loss divides by the number of rows, `Fit` by the sum of the weights.
     alone = Fit(jnp.asarray(rows.train["X"]))
-    w = alone(rows.train["y"], weights, label_cleaning_engines.PENALTY / weights.mean(), start)
+    w = alone(rows.train["y"], weights, label_cleaning_engines.PENALTY / weights.mean(), first)
     together = Fit(jnp.asarray(np.concatenate([rows.train["X"], rows.trusted["X"]])))
     labels = np.concatenate([rows.train["y"], rows.trusted["y"]])
     refit = together(
         labels,
         np.concatenate([kept, np.ones(len(rows.trusted["y"]))]),
         label_cleaning_engines.PENALTY,
-        start,
+        first,
     )
     hits = np.sum(kept & ~rows.wrong)
     return {
@@ -171,17 +185,20 @@ def main() -> None:
     parser.add_argument("--flip", type=float, default=0.5, help="share of wrong labels")
     parser.add_argument("--seeds", type=seed_range, default=[0, 1, 2, 3, 4], help="such as 0-4")
     parser.add_argument("--engines", nargs="+", metavar="NAME")
+    parser.add_argument("--model", choices=("softmax", "network"), default="softmax")
     parser.add_argument("--steps", type=int, default=2000, help="outer steps of single loops")
     parser.add_argument("--penalty", type=float, default=1e-3, help="factor of ||w||^2")
     parser.add_argument("--validate", action="store_true", help="judge by held-out trusted rows")
     parser.add_argument("--picture", type=Path, help="draw what the first engine throws out")
     parser.add_argument("--out", type=Path, help="a JSON file")
+    parser.add_argument("--add", action="store_true", help="keep what --out has of the same rows")
     args = parser.parse_args()
-    label_cleaning_engines.PENALTY = args.penalty
+    global MODEL
+    MODEL, label_cleaning_engines.PENALTY = args.model, args.penalty
     digits = args.data == "digits"
     args.train = args.train or (1000 if digits else 5000)
     args.trusted = args.trusted or (100 if digits else 5000)
-    begin = time.perf_counter()
+    began = time.perf_counter()
     try:
         pool = load(args.data)
         draws = [
@@ -190,14 +207,29 @@ def main() -> None:
         ]
     except InputError as error:
         parser.error(str(error))
-    known = settings(draws[0].train["X"], args.steps)
-    names = args.engines or (list(known) if digits else list(IMAGES))
+    linear = args.model == "softmax"
+    known = (
+        settings(draws[0].train["X"], args.steps)
+        if linear
+        else network_settings(args.train, args.steps)
+    )
+    names = args.engines or (list(known) if digits or not linear else list(IMAGES))
     if unknown := sorted(set(names) - set(known)):
         parser.error(f"no engine {', '.join(unknown)}; expected some of {', '.join(known)}")
-    fits = [] if args.validate else [baselines(rows) for rows in draws]
+    given = ("model", "train", "trusted", "flip", "seeds", "penalty", "validate")
+    fits, found = [], {}
+    if args.add:
+        last = json.loads(args.out.read_text())
+        if any(last[key] != getattr(args, key) for key in given):
+            parser.error(f"{args.out} has other settings: expected the same {', '.join(given)}")
+        fits, found = last["baselines"], last["engines"]
+        began -= last["seconds"]
+    elif not args.validate:
+        fits = [
+            baselines(rows, begin(rows, one)) for one, rows in zip(args.seeds, draws, strict=True)
+        ]
     for fit in fits:
         print("  ".join(f"{name} {one['accuracy']:.4f}" for name, one in fit.items()), flush=True)
-    found: dict[str, dict] = {}
     for name in names:
         setting, runs, walls, cpus = known[name], [], [], []
         # A first run of many rows ends after its first chunk: it has compiled.
@@ -207,7 +239,7 @@ def main() -> None:
             result, wall, cpu = timed(setting, rows, seed)
             walls.append(wall)
             cpus.append(cpu)
-            runs.append({"seed": seed, **judge(result, rows)})
+            runs.append({"seed": seed, **judge(result, rows, seed)})
             print(f"{name} {runs[-1]} {cpu:.2f} s CPU", flush=True)
         if args.picture is not None and name == names[0]:
             draw_picture(args.picture, draws[-1], np.asarray(result.lam), name)
@@ -221,9 +253,8 @@ def main() -> None:
             "runs": runs,
         }
         text = table(found, fits or [{}])
-        seconds = time.perf_counter() - begin
+        seconds = time.perf_counter() - began
         if args.out is not None:  # after each engine: a run that is cut short leaves what it has
-            given = ("train", "trusted", "flip", "seeds", "penalty", "validate")
             record = {
                 "data": args.data if args.data in ("digits", "mnist") else "IDX files",
                 **{key: getattr(args, key) for key in given},

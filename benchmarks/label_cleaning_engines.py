@@ -1,16 +1,18 @@
 """The problem of label cleaning, and how `label_cleaning.py` runs each engine on it.
 
-Outer variable: the logit of a weight for each training label. Inner problem: weighted softmax regression with a
-penalty. Settings are the defaults of the engines and what their papers document (see the notes); what has no
-documented value was settled on held-out trusted rows (`label_cleaning.py --validate`).
+Outer variable: the logit of a weight for each training label. Inner problem: weighted softmax regression, or a
+network, with a penalty. Settings are the defaults of the engines and what their papers document (see the notes); what
+has no documented value was settled on held-out trusted rows (`label_cleaning.py --validate`).
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from label_cleaning_models import cross_entropies, scores, squares
 
 import bilevel as bl
 from bilevel.schedules import power
@@ -22,15 +24,13 @@ RATE = 0.1
 
 
 def losses(w, batch):
-    f = batch["X"] @ w
-    own = jnp.take_along_axis(f, batch["y"][:, None], axis=1)[:, 0]
-    return jax.nn.logsumexp(f, axis=1) - own
+    return cross_entropies(scores(w, batch["X"]), batch["y"])
 
 
 def inner(w, lam, batch):
     """Train on the weighted labels."""
     weights = jax.nn.sigmoid(lam[batch["i"]])
-    return jnp.mean(weights * losses(w, batch)) + PENALTY * jnp.sum(w**2)
+    return jnp.mean(weights * losses(w, batch)) + PENALTY * squares(w)
 
 
 def outer(w, lam, batch):
@@ -48,6 +48,8 @@ class Setting(NamedTuple):
     """Rows of a batch on either level; None takes all."""
     solver: bl.AbstractInnerSolver | None
     note: str
+    gauss_newton: Callable | None = None
+    """The problem's `inner_gauss_newton`."""
 
 
 def step_size(X: np.ndarray) -> float:
@@ -126,4 +128,41 @@ def settings(X: np.ndarray, loop_steps: int) -> dict[str, Setting]:
         "bome": loop(bl.BOME(), "eta .5, T=10", batch=steady),
         "bda": whole(bl.BDA(truncate=25, estimate=False), "a_t = .5 / (t + 1), T=100", descent),
         "iaptt": whole(bl.IAPTT(estimate=False), "start step .1, T=100", descent),
+    }  # fmt: skip
+
+
+def network_settings(n: int, loop_steps: int) -> dict[str, Setting]:
+    """For the network: inner problems with saddle points, started anew from one draw by each run."""
+
+    def whole(engine, note, solver=None, gauss_newton=None):
+        solver = bl.LBFGS(max_steps=200) if solver is None else solver
+        rule = optax.adam(0.3)
+        return Setting(engine, rule, 50, None, solver, f"Adam .3; {note}", gauss_newton)
+
+    def loop(engine, note):
+        return Setting(engine, optax.sgd(RATE * n), loop_steps, BATCH, None, note)
+
+    weighted = lambda f, lam, batch: jnp.mean(
+        jax.nn.sigmoid(lam[batch["i"]]) * cross_entropies(f, batch["y"])
+    )
+    parts = bl.gauss_newton(
+        lambda w, lam, batch: scores(w, batch["X"]),
+        weighted,
+        lambda w, lam, batch: PENALTY * squares(w),
+    )
+    descent = bl.GradientDescent(max_steps=100, tol=0.0)
+    curved = bl.Implicit(gauss_newton=True, estimate=False)
+    return {
+        "implicit": whole(curved, "Gauss-Newton, CG", gauss_newton=parts.product),
+        "damped": whole(bl.Implicit(damping="auto", estimate=False), "damping auto, CG"),
+        "damped_fixed": whole(bl.Implicit(damping=0.1, estimate=False), "damping .1, CG"),
+        "unrolled": whole(
+            bl.Unrolled(truncate=25, estimate=False), "the last 25 of T=100 steps", descent
+        ),
+        "f2sa": whole(bl.F2SA(estimate=False), "order 2, nu .02"),
+        "masoba": loop(bl.SOBA(estimator=bl.EMA(0.1)), "average .1"),
+        "f2sa_loop": loop(
+            bl.F3SA(penalty=power(2.0, -1 / 7, 10.0), inner_steps=10, estimator=bl.Plain()),
+            "T=10, penalty 2 growing by k^1/7",
+        ),
     }  # fmt: skip

@@ -48,7 +48,7 @@ def data(seed: int = 0) -> tuple[dict, dict, dict]:
 
 
 def methods() -> dict[str, tuple[bl.AbstractEngine, optax.GradientTransformation]]:
-    c = 20.0
+    c = 2.0  # multiplies the noise of a batch: at 20, no threshold is reached (`w2_thresholds.py` has both)
     return {
         "SOBA": (bl.SOBA(STEP), optax.sgd(RATE)),
         "SABA": (bl.SABA(STEP), optax.sgd(RATE)),
@@ -83,8 +83,8 @@ def floor(train: dict, trusted: dict, num_steps: int):
     return lambda: run(train, trusted, w, w, jnp.zeros(1000))
 
 
-def peers(path: Path, train: dict, trusted: dict, num_steps: int) -> dict:
-    """Calls of benchmark_bilevel's SOBA, SABA and F2SA on this problem."""
+def peer(path: Path, name: str, train: dict, trusted: dict, step: float, rate: float):
+    """A solver of benchmark_bilevel ("soba", "saba", "f2sa") on this problem, with these step sizes."""
     fake = types.ModuleType("benchopt")
     base = type("BaseSolver", (), {"run_once": lambda self, _: None})
     vars(fake).update(BaseSolver=base, safe_import_context=contextlib.nullcontext)
@@ -92,32 +92,37 @@ def peers(path: Path, train: dict, trusted: dict, num_steps: int) -> dict:
     vars(criterion).update(SufficientProgressCriterion=lambda *_, **__: None)
     sys.modules |= {"benchopt": fake, "benchopt.stopping_criterion": criterion}
     # Their package of solvers has the name of ours: it is loaded by its files.
-    sys.path.append(str(path))
+    if str(path) not in sys.path:
+        sys.path.append(str(path))
+    rows, features = train["X"].shape
 
-    def load(name: str):
-        spec = importlib.util.spec_from_file_location(f"bb_{name}", path / "solvers" / f"{name}.py")
-        assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        return module.Solver()
-
-    def on_slices(loss, rows):
+    def on_slices(loss, data):
         def f(w, lam, start=0, batch_size=1):
             take = lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, start, batch_size)
-            return loss(w.reshape(64, CLASSES), lam, jax.tree.map(take, rows))
+            return loss(w.reshape(features, CLASSES), lam, jax.tree.map(take, data))
 
         return f
 
+    spec = importlib.util.spec_from_file_location(f"bb_{name}", path / "solvers" / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    solver = module.Solver()
+    for key, values in solver.parameters.items():
+        setattr(solver, key, values[0])
+    solver.step_size, solver.outer_ratio, solver.batch_size = step, step / rate, BATCH
+    solver.set_objective(
+        on_slices(inner, train), on_slices(outer, trusted), rows, len(trusted["y"]),
+        jnp.zeros(features * CLASSES), jnp.zeros(rows),
+    )  # fmt: skip
+    return solver
+
+
+def peers(path: Path, train: dict, trusted: dict, num_steps: int) -> dict:
+    """Calls of benchmark_bilevel's SOBA, SABA and F2SA on this problem."""
     calls = {}
     for name in ("soba", "saba", "f2sa"):
-        solver = load(name)
-        for key, values in solver.parameters.items():
-            setattr(solver, key, values[0])
-        solver.step_size, solver.outer_ratio, solver.batch_size = STEP, STEP / RATE, BATCH
-        solver.set_objective(
-            on_slices(inner, train), on_slices(outer, trusted), 1000, 397,
-            jnp.zeros(64 * CLASSES), jnp.zeros(1000),
-        )  # fmt: skip
+        solver = peer(path, name, train, trusted, STEP, RATE)
 
         def call(solver=solver, saba=name == "saba"):
             if saba:  # its table is given away at each call

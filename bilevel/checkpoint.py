@@ -178,7 +178,7 @@ class Store:
         saved = self._last
         assert saved is not None
         step = int(saved.state.step)
-        tree = (saved.state, join(saved.history, saved.history[0]))
+        tree = (saved.state, join(saved.history, lambda: saved.history[0]))
         leaves = jax.tree.leaves(tree)
         meta = {
             "format": FORMAT,

@@ -37,11 +37,11 @@ class Chunks(NamedTuple):
         """
         began = time.perf_counter()
         first = True
+        done = sum(len(rows.status) for rows in saved.history)
         try:
             with bar:
                 while True:
                     state, pieces = saved.state, saved.history
-                    done = sum(len(rows.status) for rows in pieces)
                     if why := self.why_ended(state, pieces):
                         return saved, why
                     if done >= self.num_steps:

@@ -1,5 +1,6 @@
 """The outer loop: chunks of outer steps, each one call of one compiled program."""
 
+import functools
 import os
 from collections.abc import Callable
 from typing import Any
@@ -147,7 +148,7 @@ def run(
         part = sharding.placed(tasks, part)
         args = (engine, tasks, solver, rule, scales, part, key, length, estimate, chunk)
         part, buffer, taken = outer_steps.advance(*args)
-        rows = jax.tree.map(lambda leaf, n=int(taken): leaf[:n], unpacked(buffer, empty))
+        rows = jax.tree.map(lambda leaf, n=int(taken): leaf[:n], unpacked(buffer))
         part = retrying.again(tasks, scales, part, retries)
         return part if pool is None else pool.store(state, numbers, part), rows
 
@@ -163,16 +164,18 @@ def run(
         begin = lambda problem, w: outer_steps.first_state(
             problem, solver, engine, rule, scales, w, lam, key
         )
-        shapes = eqx.filter_eval_shape(begin, problem, w)
-        empty = outer_steps.empty_record(problem, solver, engine, shapes, key)
+        shapes = functools.cache(lambda: eqx.filter_eval_shape(begin, problem, w))
+        record = functools.partial(outer_steps.empty_record, problem, solver, engine)
         if stream is not None:
-            stream.check(engine, solver, shapes)
+            stream.check(engine, solver, shapes())
         if state is not None and pool is None:
-            check_state(state, shapes)
+            check_state(state, shapes())
         if pool is not None:
             state = pool.first_state(begin) if state is None else on_host(state)
-        like = shapes if state is None else state
-        saved = None if store is None else store.load(like, empty)
+        saved = None
+        if store is not None:
+            like = shapes() if state is None else state
+            saved = store.load(like, record(shapes(), key))
         if saved is None:
             state = begin(problem, w) if state is None else state
             saved = Saved(state, (), int(state.step), 0)
@@ -203,9 +206,14 @@ def run(
         saved, stopped = chunks.run(saved, store, journal, team, bar)
 
     end: RunState = saved.state
-    lam = outer_steps.point(rule, scales, end._replace(w=None, engine=None, best=None))
+    lam = outer_steps.point(rule, scales, end)
     result = finished(
-        engine, lam, end, join(saved.history, empty), stopped, retries=retrying.used(end)
+        engine,
+        lam,
+        end,
+        join(saved.history, lambda: record(shapes(), key)),
+        stopped,
+        retries=retrying.used(end),
     )
     if throw and result.status != Status.OK:
         last = saved.begin + len(result.history.status) - 1

@@ -6,6 +6,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from bilevel import transforms
@@ -81,8 +82,8 @@ def steps(
         state, *_, buffer, taken = carry
         h, engine_state = engine_at(state)
         buffer = {
-            dtype: jax.lax.dynamic_update_index_in_dim(buffer[dtype], row, taken, 0)
-            for dtype, row in packed(record(h)).items()
+            names: jax.lax.dynamic_update_index_in_dim(buffer[names], row, taken, 0)
+            for names, row in packed(record(h)).items()
         }
         good = h.info.status <= Status.MAX_STEPS
         lam, outer_state, *judged_by = _outer_step(problem, rule, scales, state, h)
@@ -98,8 +99,8 @@ def steps(
     h_shape, _ = eqx.filter_eval_shape(engine_at, state)
     empty = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), h_shape)
     buffer = {
-        dtype: jnp.zeros((size, *row.shape), row.dtype)
-        for dtype, row in packed(record(empty)).items()
+        names: jnp.zeros((size, *row.shape), row.dtype)
+        for names, row in packed(record(empty)).items()
     }
     last = (state.lam, empty) if judged else None
     moved, before, last, buffer, taken = jax.lax.while_loop(
@@ -126,8 +127,8 @@ def with_verdict(
     step_key = jax.random.fold_in(key, step)
     h = estimated(problem, solver, engine, lam, h, state.engine, step_key, step)
     buffer = {
-        dtype: jax.lax.dynamic_update_index_in_dim(buffer[dtype], row, taken - 1, 0)
-        for dtype, row in packed(record(h)).items()
+        names: jax.lax.dynamic_update_index_in_dim(buffer[names], row, taken - 1, 0)
+        for names, row in packed(record(h)).items()
     }
     worst = jnp.where(h.info.status > Status.MAX_STEPS, h.info.status, jnp.int32(0))
     return state._replace(worst=jnp.maximum(state.worst, worst)), buffer
@@ -165,7 +166,7 @@ def advance(
     engine, problem, solver, rule, scales, state: RunState, key, length: int, estimate: bool, size
 ) -> tuple[RunState, Rows, Array]:
     """`judged_steps`, compiled. The estimate is a program of its own, for the run that never asks for one."""
-    args = (problem, solver, rule, scales, state, key, jnp.int32(length))
+    args = (problem, solver, rule, scales, state, key, np.int32(length))  # no dispatch
     if getattr(engine, "memory_budget", None) is not None:
         # What is within the budget is one program with all there is to do.
         args = (*args, jnp.asarray(estimate), size)
@@ -212,10 +213,14 @@ def _outer_step(
     return project_natural(transforms.forward(scales, u)), outer_state, value, margin
 
 
-@eqx.filter_jit
 def point(rule, scales, state: RunState) -> Tree:
     """The outer variable of the result: an outer method may just have been about to try another."""
     if not isinstance(rule, OuterMethod):
         return state.lam
-    _, unflatten = tree.flatten(transforms.inverse(scales, state.lam))
-    return transforms.forward(scales, unflatten(rule.point(state.outer)))
+    return _accepted(rule, scales, state.lam, state.outer)
+
+
+@eqx.filter_jit
+def _accepted(rule: OuterMethod, scales, lam: Tree, outer_state: Any) -> Tree:
+    _, unflatten = tree.flatten(transforms.inverse(scales, lam))
+    return transforms.forward(scales, unflatten(rule.point(outer_state)))

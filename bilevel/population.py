@@ -126,6 +126,11 @@ def run_population(
         for i, (start, own_engine, own_solver) in enumerate(zip(starts, engines, solvers, strict=True))
     ]  # fmt: skip
     first = given[0]
+    if any(one.rule != first.rule for one in given):
+        raise ValueError(
+            "the members move by one outer rule, and their engines want plain steps at different rates: expected "
+            "engines with the same outer_step."
+        )
     # Batches differ by the members' keys, the order that the rows lie in does not.
     problem = shuffled(first.problem, key)
     stacked = _stacked([one._replace(problem=None, rule=None, scales=None) for one in given])
@@ -145,7 +150,7 @@ def run_population(
         new, buffer, _ = _advance(
             stacked, problem, rule, scales, state.members, jnp.asarray(active), *sizes
         )
-        rows = jax.tree.map(lambda leaf: leaf.T[:steps], unpacked(buffer, empty))
+        rows = jax.tree.map(lambda leaf: leaf.T[:steps], unpacked(buffer))
         done = int(state.step) + steps
         active &= np.asarray(new.worst) <= Status.MAX_STEPS
         if done in rungs[:-1]:
@@ -189,7 +194,7 @@ def run_population(
             saved, store, journal, processes.Team(), Progress(progress, num_steps)
         )
 
-    end, history = saved.state, join(saved.history, empty)
+    end, history = saved.state, join(saved.history, lambda: empty)
     members = []
     for i in range(count):
         state = _row(end.members, i)

@@ -265,7 +265,7 @@ def shuffled(problem: Any, key: Array, parts: tuple[int, int] | None = None) -> 
     parts = parts or (row_blocks(data[0]), row_blocks(data[1]))
     levels = zip(data, problem.batch_size, parts, (0, 1), strict=True)
     inner, outer = (
-        part if size is None else _shuffle(part, size, blocks, jax.random.fold_in(key, level))
+        part if size is None else _shuffle(part, size, blocks, key, level)
         for part, size, blocks, level in levels
     )
     names = (field.name for field in dataclasses.fields(problem))
@@ -286,23 +286,24 @@ def row_blocks(data: Any) -> int:
     return found.pop() if len(found) == 1 else 1
 
 
-def _shuffle(data: Any, size: int, parts: int, key: Array) -> Any:
+def _shuffle(data: Any, size: int, parts: int, key: Array, level: int) -> Any:
     rows = num_rows(data)
     if size % parts or rows % parts:
         raise ValueError(
             f"a batch takes as many rows from each of {parts} devices: expected a batch_size that is a multiple "
             f"of it, got {size}."
         )
-    made = _shuffled_blocks(data, size // parts, parts, key)
+    made = _shuffled_blocks(data, size // parts, parts, key, level)
     # Rows stay on their device; where that is does not depend on what XLA makes of it.
     return (
         made if parts == 1 else jax.tree.map(lambda x, y: jax.device_put(x, y.sharding), made, data)
     )
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def _shuffled_blocks(data: Any, size: int, parts: int, key: Array) -> Any:
+@functools.partial(jax.jit, static_argnums=(1, 2, 4))
+def _shuffled_blocks(data: Any, size: int, parts: int, key: Array, level: int) -> Any:
     """Each block of rows in a random order, with its first `size - 1` rows once more at its end."""
+    key = jax.random.fold_in(key, level)
     count = num_rows(data) // parts
 
     def order(key: Array) -> Array:

@@ -1,7 +1,7 @@
 """What a run returns, and the error it raises."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -134,10 +134,10 @@ def record(h: Hypergradient) -> History:
     )
 
 
-def join(pieces: Sequence[History], empty: History) -> History:
-    """Chunks of history as one, in NumPy arrays."""
+def join(pieces: Sequence[History], entries: Callable[[], History]) -> History:
+    """Chunks of history as one, in NumPy arrays; where there are none, `entries()` has their dtypes."""
     if not pieces:
-        return jax.tree.map(lambda leaf: np.zeros((0,), jnp.result_type(leaf)), empty)
+        return jax.tree.map(lambda leaf: np.zeros((0,), jnp.result_type(leaf)), entries())
     return jax.tree.map(lambda *parts: np.concatenate(parts), *pieces)
 
 
@@ -183,14 +183,19 @@ def verdict(
 
 
 def packed(entries: History) -> dict[str, Array]:
-    """A step's entries in one vector for each dtype: each write into a history costs as much as a short step."""
-    rows: dict[str, list[Array]] = {}
-    for entry in entries:
-        rows.setdefault(str(entry.dtype), []).append(entry)
-    return {dtype: jnp.stack(row) for dtype, row in rows.items()}
+    """A step's entries in one vector for each dtype, under their names: each write costs as much as a short step."""
+    names: dict[str, list[str]] = {}
+    for name, entry in entries._asdict().items():
+        names.setdefault(str(entry.dtype), []).append(name)
+    return {
+        " ".join(alike): jnp.stack([getattr(entries, name) for name in alike])
+        for alike in names.values()
+    }
 
 
-def unpacked(buffer: dict[str, Array], entries: History) -> History:
+def unpacked(buffer: dict[str, Array]) -> History:
     """The history back, in NumPy: leaves (..., steps, entries of a dtype) become entries (..., steps)."""
-    columns = {dtype: iter(np.moveaxis(np.asarray(rows), -1, 0)) for dtype, rows in buffer.items()}
-    return History(*(next(columns[str(entry.dtype)]) for entry in entries))
+    columns: dict[str, Any] = {}
+    for names, rows in buffer.items():
+        columns |= zip(names.split(), np.moveaxis(np.asarray(rows), -1, 0), strict=True)
+    return History(**columns)

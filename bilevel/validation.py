@@ -250,7 +250,6 @@ def problem(value: Any) -> Any:
 
 def losses(problem: Any, w: Any, lam: Any) -> None:
     """Both losses must take these shapes and give a floating-point scalar. Cached by loss and shapes."""
-    key = jax.random.key(0)
     hint = ""
     if isinstance(problem, Tasks):
         hint = (
@@ -264,6 +263,7 @@ def losses(problem: Any, w: Any, lam: Any) -> None:
         data = problem.inner_data, problem.outer_data
         inner_batch, outer_batch = map(_batch, data, problem.batch_size)
     else:
+        key = jax.random.key(0)
         inner_batch = eqx.filter_eval_shape(lambda p, k: p.inner_sampler(k)(0), problem, key)
         outer_batch = eqx.filter_eval_shape(lambda p, k: p.outer_batch(k), problem, key)
     for name, batch in (("inner", inner_batch), ("outer", outer_batch)):

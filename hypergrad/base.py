@@ -181,6 +181,9 @@ class AbstractEngine(Settings):
     def inner_tol(self, state: Any) -> Array | None:
         """The tolerance of the next inner solve, where the engine sets it; None leaves it to the solver."""
 
+    def descent_rate(self) -> Any:
+        """The rate of the plain gradient steps that the engine counts on `lam` to take; None where any rule will do."""
+
     def multipliers(self, state: Any) -> Any:
         """The multipliers of the problem's constraints in a state; None where the engine has none."""
         return None

@@ -64,7 +64,7 @@ class Plain(AbstractEstimator):
 class EMA(AbstractEstimator):
     """`d <- (1 - rate) d + rate now`, of what enters the direction of `lam` (`everything`: of all)."""
 
-    rate: Number = number(0.1, low=0.0, strict=True)
+    rate: Number = number(0.1, low=0.0, strict=True, high=1.0)
     everything: bool = static(False)
 
     def init(self, raw: Raw, point: Point, level: Level) -> "_Mean":
@@ -91,7 +91,7 @@ class STORM(AbstractEstimator):
     Source: Cutkosky and Orabona 2019.
     """
 
-    rate: Number = number(0.1, low=0.0, strict=True)
+    rate: Number = number(0.1, low=0.0, strict=True, high=1.0)
     everything: bool = static(True)
 
     evaluations = 2

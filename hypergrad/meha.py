@@ -30,6 +30,10 @@ class MEHA(AbstractSingleLoop):
     freezes it. The defaults are `gamma="auto"`, 20 step sizes (10 / L), and `theta_step=None`,
     `1 / (1 / (2 step_size) + 1 / gamma)`.
 
+    With batches c multiplies their noise: cleaning labels with batches of 64, c = 2 gets there and the default 20 does
+    not, with all rows both do (`benchmarks/w2_thresholds.py`). With a small c theta is drawn to the outer data on its
+    way: judge `lam` by the inner problem solved anew, not by `w`.
+
     Class: inner loss weakly convex, with `gamma < 1 / (2 rho)` of your own where the curvature falls to -rho (a
     relaxation to inner stationarity then); constant c ends at the fixed point of `Moreau`, with bias O(1/c).
     A prox needs the term's value too, `Problem(inner_penalty=...)`, for its slope in lam.

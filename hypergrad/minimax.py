@@ -36,6 +36,9 @@ class AbstractMinimax(AbstractSingleLoop):
                 "curvature of the inner loss says nothing of how lam and w pull at each other."
             )
 
+    def descent_rate(self) -> Any:
+        return self.step_size if self.outer_step is None else self.outer_step
+
     def _outer_step(self, size: Array) -> Array:
         return size if self.outer_step is None else cast(self.outer_step, size)
 
@@ -51,9 +54,9 @@ class Extragradient(AbstractMinimax):
     """`w` and `lam` move by the slopes at a point ahead: it turns inwards where plain descent and ascent circles out.
 
     `w' = w - s dg/dw`, `lam' = P(lam - r dF/dlam)` at `(w, lam)`, P the problem's `outer_projection`; then
-    `w -= s dg/dw(w', lam')`, `grad = dF/dlam(w', lam')`. `outer_step` is r, None for s: give the outer rule
-    `optax.sgd` the same. Two time scales where r is much smaller than s. With a `transform`, lam' is still a step
-    on the natural scale.
+    `w -= s dg/dw(w', lam')`, `grad = dF/dlam(w', lam')`. `outer_step` is r, None for s; `run` takes `optax.sgd` at
+    that rate (its default here) and refuses other rules. Two time scales where r is much smaller than s. With a
+    `transform`, lam' is still a step on the natural scale.
 
     Class: `inner = -outer`; convex in `lam` and concave in `w`, also bilinear, with `s, r < 1 / L`, L the largest
     mixed or own curvature; else a small r. With noise the steps decay.
@@ -110,7 +113,8 @@ class CGD(AbstractMinimax):
 
     The equilibrium of the local game `F + <slopes, moves> + <move of lam, D move of w>` with a cost of half the
     squared moves over r and s, D = d2F/dlam dw: `grad = (I + r s D D')^-1 (dF/dlam + s D dF/dw)`,
-    `w += s (dF/dw - r D' grad)`. `outer_step` is r, None for s: give the outer rule `optax.sgd` the same.
+    `w += s (dF/dw - r D' grad)`. `outer_step` is r, None for s; `run` takes `optax.sgd` at that rate (its default
+    here), and refuses other rules.
 
     `linear_solver`: CG by products with D and D', or `Dense()` for a small `lam`; its status is the step's.
 

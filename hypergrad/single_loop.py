@@ -265,17 +265,16 @@ class AbstractSingleLoop(AbstractEngine):
                     (point, memory[index]),
                 )
                 found = {}
-            elif stage.times == 1:
-                point, memory[index], found = take(0, point, memory[index])
             else:
-                shapes = jax.eval_shape(lambda p, m: take(0, p, m)[2], point, memory[index])
-                empty = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-                point, memory[index], found = jax.lax.fori_loop(
-                    0,
-                    stage.times,
-                    lambda turn, carry: take(turn, *carry[:2]),
-                    (point, memory[index], empty),
-                )
+                if stage.times > 1:
+                    # Only the last one reports, so that the loop takes no norms and values.
+                    point, memory[index] = jax.lax.fori_loop(
+                        0,
+                        stage.times - 1,
+                        lambda turn, carry, take=take: take(turn, *carry)[:2],
+                        (point, memory[index]),
+                    )
+                point, memory[index], found = take(stage.times - 1, point, memory[index])
             report |= found
             place += stage.times
 

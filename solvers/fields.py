@@ -7,6 +7,7 @@ without recompiling. A number may also be given as a function of the outer step 
 import copy
 import dataclasses
 import typing
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import equinox as eqx
@@ -32,13 +33,21 @@ class Schedule(eqx.Module):
         return jnp.asarray(self.fn(step))
 
 
-def number(default: Any, *, low: float | None = None, strict: bool = False, **kwargs: Any) -> Any:
+def number(
+    default: Any,
+    *,
+    low: float | None = None,
+    strict: bool = False,
+    high: float | None = None,
+    **kwargs: Any,
+) -> Any:
     """A numeric setting, stored as an array leaf.
 
     Python numbers become strongly typed floats; `None` and strings such as "auto" are kept; a
-    callable becomes a `Schedule`. Values below `low` (or equal to it, if `strict`) are refused.
+    callable becomes a `Schedule`. Values below `low` (or equal to it, if `strict`) or above `high` are refused, and
+    so are booleans.
     """
-    metadata = {"low": low, "strict": strict}
+    metadata = {"low": low, "strict": strict, "high": high}
     return eqx.field(default=default, converter=_to_number, metadata=metadata, **kwargs)
 
 
@@ -54,14 +63,18 @@ def _from_numpy(value: Any) -> Any:
 
 
 def _to_number(value: Any) -> Any:
-    if value is None or isinstance(value, str | Schedule):
-        return value
+    if value is None or isinstance(value, str | Schedule) or _is_bool(value):
+        return value  # booleans for `Settings` to refuse, which knows the name
     if callable(value):
         return Schedule(value)
     dtype = jnp.result_type(value) if isinstance(value, jax.Array | np.ndarray) else None
     if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
         dtype = jnp.result_type(float)
     return jnp.asarray(value, dtype)
+
+
+def _is_bool(value: Any) -> bool:
+    return isinstance(value, bool) or jnp.issubdtype(getattr(value, "dtype", float), jnp.bool_)
 
 
 class Settings(eqx.Module):
@@ -71,10 +84,12 @@ class Settings(eqx.Module):
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             where = f"{type(self).__name__}({field.name}=...)"
-            low = field.metadata.get("low")
+            numeric = "low" in field.metadata
+            if numeric and _is_bool(value):
+                raise TypeError(f"{where} must be a number, got the boolean {value!r}.")
             if isinstance(value, jax.Array) and not isinstance(value, Tracer):
-                _check_number(where, value, low, field.metadata.get("strict", False))
-            if "low" in field.metadata and isinstance(value, str) and not _takes(field.type, str):
+                _check_number(where, value, field.metadata)
+            if numeric and isinstance(value, str) and not _takes(field.type, str):
                 raise TypeError(
                     f"{where} must be a number or a function of the outer step, got {value!r}."
                 )
@@ -93,13 +108,17 @@ def _takes(annotation: Any, kind: type) -> bool:
     return kind in typing.get_args(annotation)
 
 
-def _check_number(where: str, value: Array, low: float | None, strict: bool) -> None:
-    numbers = np.asarray(value)
+def _check_number(where: str, value: Array, bounds: Mapping[Any, Any]) -> None:
+    numbers, low, high = np.asarray(value), bounds.get("low"), bounds.get("high")
     if np.isnan(numbers).any():
         raise ValueError(f"{where} is NaN; expected a number.")
-    if low is not None and ((numbers <= low) if strict else (numbers < low)).any():
-        relation = "greater than" if strict else "at least"
-        raise ValueError(f"{where} must be {relation} {low}, got {value}.")
+    if low is not None:
+        strict = bounds.get("strict", False)
+        if ((numbers <= low) if strict else (numbers < low)).any():
+            relation = "greater than" if strict else "at least"
+            raise ValueError(f"{where} must be {relation} {low}, got {value}.")
+    if high is not None and (numbers > high).any():
+        raise ValueError(f"{where} must be at most {high}, got {value}.")
 
 
 def at_step(tree: Any, step: Array | int) -> Any:

@@ -182,6 +182,13 @@ def test_refusals(seed):
         bl.BSVRB(hessian="diagonal")
     with pytest.raises(ValueError, match="correction=.* or 'auto'"):
         bl.BSVRB(correction="best")
+    for field in ("rate", "outer_rate"):
+        with pytest.raises(ValueError, match=rf"BSVRB\({field}=\.\.\.\) must be at most 1"):
+            bl.BSVRB(**{field: 1.01})
+        assert bl.BSVRB(**{field: 1.0}) is not None
+    for estimator in (bl.EMA, bl.STORM):
+        with pytest.raises(ValueError, match="must be at most 1"):
+            estimator(1.5)
     with pytest.raises(ValueError, match="blocks=7. of 6 blocks"):
         call(bl.BSVRB(blocks=7))
     with pytest.raises(ValueError, match="draws its own batches"):

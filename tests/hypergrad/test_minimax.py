@@ -9,6 +9,7 @@ import optax
 import pytest
 
 import bilevel as bl
+from bilevel.schedules import power
 
 N, P_ = 3, 4
 
@@ -148,3 +149,27 @@ def test_what_is_said(seed):
     assert far.status == bl.Status.DIVERGED
     dense = run(problem, bl.CGD(0.2, 0.1, bl.Dense()), 5, 0.1)
     np.testing.assert_allclose(dense.lam, run(problem, ENGINES["cgd"], 5, 0.1).lam, rtol=1e-8)
+
+
+def test_only_plain_steps_at_the_engines_own_rate(seed):
+    problem, *_ = saddle(seed)
+    start = jnp.ones(N), jnp.linspace(-1, 1, P_)
+    some = {"throw": False, "num_steps": 3}
+    for engine in ENGINES.values():
+        own = bl.run(problem, *start, engine=engine, **some)
+        np.testing.assert_array_equal(own.lam, run(problem, engine, 3, 0.1).lam)
+        late = optax.sgd(power(0.1, 1.0))
+        for rule in (
+            optax.adam(0.1),
+            optax.sgd(0.2),
+            optax.sgd(0.1, momentum=0.9),
+            optax.chain(optax.clip(1.0), optax.sgd(0.1)),
+            late,
+        ):
+            with pytest.raises(ValueError, match="plain gradient steps at the engine's own rate"):
+                bl.run(problem, *start, engine=engine, outer=rule, **some)
+        falling = type(engine)(0.2, power(0.1, 1.0))
+        assert bl.run(problem, *start, engine=falling, outer=late, **some).status == bl.Status.OK
+    two = [bl.CGD(0.2, 0.1), bl.CGD(0.2, 0.05)]
+    with pytest.raises(ValueError, match="plain steps at different rates"):
+        bl.run_population(problem, jnp.ones((2, N)), start[1], engine=two, num_steps=3)

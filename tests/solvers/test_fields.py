@@ -82,6 +82,15 @@ def test_words_are_refused_where_no_number_is_measured(cls, field):
         cls(**{field: "auto"})
 
 
+@pytest.mark.parametrize(
+    "value", [True, False, np.bool_(True), np.ones(2, bool), jnp.zeros(2, bool)]
+)
+def test_booleans_are_no_numbers(value):
+    for cls, field in ((CG, "rtol"), (GradientDescent, "learning_rate")):
+        with pytest.raises(TypeError, match=rf"{cls.__name__}\({field}=\.\.\.\) must be a number"):
+            cls(**{field: value})
+
+
 def test_numpy_integers_become_python_ones():
     assert type(CG(max_steps=np.int64(7)).max_steps) is int  # and equinox has nothing to warn of
 
