@@ -15,6 +15,7 @@ from bilevel.compiler_options import IN_ORDER, QUICK, known
 from bilevel.compiler_options import jit as jit_with
 from bilevel.footprint import fitted
 from bilevel.outer.base import Evaluation, OuterMethod, at_accuracy
+from bilevel.problem import Problem, Shuffled
 from bilevel.result import Best, History, RunState, packed, record
 from hypergrad import AbstractEngine, Hypergradient
 from solvers import Status, tree
@@ -149,6 +150,7 @@ def judged_steps(
 
 take_steps = eqx.filter_jit(steps)
 _take_in_order = jit_with(steps, IN_ORDER)
+_take_quick = jit_with(steps, QUICK)
 _take_judged = eqx.filter_jit(judged_steps)
 _judge = eqx.filter_jit(with_verdict)
 _judge_seldom = jit_with(with_verdict, QUICK)
@@ -157,9 +159,28 @@ SELDOM = 10
 """Steps in a chunk from which on an estimate's compilation takes longer than its runs."""
 
 
-def program(engine: AbstractEngine) -> Callable[..., tuple[RunState, Rows, Array, Last]]:
-    """Short steps, those of engines that solve nothing, run their operations in order."""
-    return take_steps if engine.uses_solver or not known(IN_ORDER) else _take_in_order
+SMALL = 16_000_000
+"""Bytes of data and state below which a run is taken to compile for longer than it works."""
+
+
+def compiles_quick(engine: AbstractEngine, problem: Any, state: RunState) -> bool:
+    """Whether what is compiled quicker, though slower by some percent, is the better program.
+
+    It depends on shapes alone, as the last bits of a result depend on the program.
+    """
+    if not engine.needs_implicit or type(problem) not in (Problem, Shuffled) or not known(QUICK):
+        return False
+    leaves = [leaf for leaf in jax.tree.leaves((problem, state)) if hasattr(leaf, "dtype")]
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves) <= SMALL
+
+
+def program(
+    engine: AbstractEngine, problem: Any, state: RunState
+) -> Callable[..., tuple[RunState, Rows, Array, Last]]:
+    """`steps`, compiled as suits it: short steps, those of engines that solve nothing, go in order."""
+    if not engine.uses_solver and known(IN_ORDER):
+        return _take_in_order
+    return _take_quick if compiles_quick(engine, problem, state) else take_steps
 
 
 def advance(
@@ -171,7 +192,7 @@ def advance(
         # What is within the budget is one program with all there is to do.
         args = (*args, jnp.asarray(estimate), size)
         return _take_judged(fitted(_take_judged, engine, *args).engine, *args)
-    state, buffer, taken, last = program(engine)(engine, *args, size)
+    state, buffer, taken, last = program(engine, problem, state)(engine, *args, size)
     if estimate and last is not None:
         judge = _judge_seldom if size >= SELDOM and known(QUICK) else _judge
         state, buffer = judge(engine, problem, solver, state, key, buffer, taken, last)

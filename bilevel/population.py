@@ -15,6 +15,8 @@ from jax import Array
 from bilevel import outer_steps, processes, validation
 from bilevel.checkpoint import Saved, opened
 from bilevel.chunks import Chunks
+from bilevel.compiler_options import QUICK
+from bilevel.compiler_options import jit as jit_with
 from bilevel.log import Log
 from bilevel.outer.base import OuterMethod
 from bilevel.prepared import Prepared, prepared
@@ -147,7 +149,7 @@ def run_population(
     ) -> tuple[PopulationState, History]:
         sizes = jnp.int32(steps), jnp.asarray(estimate), chunk
         active = np.array(state.active)
-        new, buffer, _ = _advance(
+        new, buffer, _ = (_advance_quick if quick else _advance)(
             stacked, problem, rule, scales, state.members, jnp.asarray(active), *sizes
         )
         rows = jax.tree.map(lambda leaf: leaf.T[:steps], unpacked(buffer))
@@ -173,6 +175,9 @@ def run_population(
                 problem, first.solver, first.engine, _row(states, 0), first.key
             ),
             shapes,
+        )
+        quick = outer_steps.compiles_quick(
+            first.engine, problem, eqx.filter_eval_shape(_row, shapes, 0)
         )
         everyone = np.ones(count, bool)
         like = PopulationState(jax.ShapeDtypeStruct((), jnp.int32), shapes, everyone)
@@ -260,8 +265,7 @@ def _first_states(stacked: Prepared, problem: Any, rule: Any, scales: Any) -> Ru
     return jax.lax.map(one, arrays)
 
 
-@eqx.filter_jit
-def _advance(
+def _steps_of_each(
     stacked: Prepared,
     problem: Any,
     rule: Any,
@@ -286,3 +290,7 @@ def _advance(
         return jax.lax.cond(on, go, lambda: (state, blank, jnp.int32(0)))
 
     return jax.lax.map(one, (arrays, states, active))
+
+
+_advance = eqx.filter_jit(_steps_of_each)
+_advance_quick = jit_with(_steps_of_each, QUICK)

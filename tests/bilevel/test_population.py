@@ -154,7 +154,7 @@ def test_a_break_and_chunks_change_no_bit(tmp_path):
 def test_ctrl_c_returns_what_is_done(monkeypatch):
     from bilevel import population as module
 
-    advance, calls = module._advance, []
+    advance, calls = module._advance_quick, []
 
     def twice(*args):
         if len(calls) == 2:
@@ -162,7 +162,8 @@ def test_ctrl_c_returns_what_is_done(monkeypatch):
         calls.append(1)
         return advance(*args)
 
-    monkeypatch.setattr(module, "_advance", twice)
+    for name in ("_advance", "_advance_quick"):
+        monkeypatch.setattr(module, name, twice)
     found = population(halvings=2)
     assert {len(member.history.outer_value) for member in found.members} == {4, 8}
     assert [member.stopped for member in found.members].count("interrupted") == 1

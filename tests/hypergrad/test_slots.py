@@ -68,7 +68,7 @@ def test_table_is_updated_in_place():
     state = outer_steps.first_state(problem, None, engine, rule, scales, case.w, case.lam, key)
     sizes = jnp.int32(5), 5
     program = (
-        outer_steps.program(engine)
+        outer_steps.program(engine, problem, state)
         .lower(engine, problem, None, rule, scales, state, key, *sizes)
         .compile()
         .compiled.as_text()
