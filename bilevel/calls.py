@@ -5,6 +5,7 @@ from typing import Any
 import equinox as eqx
 from jax import Array
 
+from bilevel.rows_last import rows_last
 from bilevel.tasks import Tasks
 from hypergrad import AbstractEngine, BilevelProblem, Hypergradient
 from hypergrad.base import Solver
@@ -32,7 +33,7 @@ def init_engine(
     solver, engine = at_step((solver, engine), 0)
     if isinstance(problem, Tasks):
         return problem.init(engine, solver, w, lam, key)
-    return engine.init(problem, solver, w, lam, key)
+    return engine.init(rows_last(problem), solver, w, lam, key)
 
 
 @eqx.filter_jit
@@ -50,7 +51,7 @@ def engine_step(
     solver, engine = at_step((solver, engine), step)
     if isinstance(problem, Tasks):
         return problem.step(engine, solver, w, lam, state, key)
-    return engine.step(problem, solver, w, lam, state, key)
+    return engine.step(rows_last(problem), solver, w, lam, state, key)
 
 
 def estimated(
@@ -67,4 +68,4 @@ def estimated(
     solver, engine = at_step((solver, engine), step)
     if isinstance(problem, Tasks):
         return problem.estimate(engine, solver, lam, h, state, key)
-    return with_estimate(problem, solver, engine, lam, h, state, key)
+    return with_estimate(rows_last(problem), solver, engine, lam, h, state, key)

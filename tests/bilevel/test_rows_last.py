@@ -86,3 +86,33 @@ def test_no_matrix_is_packed_again(name):
     assert packed_again(loss, 5) == 1
     assert packed_again(turned, 5) == 0
     assert packed_again(turned, NARROW + 1) == 1
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="what it does on CPU")
+@pytest.mark.parametrize("engine", ["implicit", "unrolled", "f2sa", "moreau"])
+def test_every_engine_has_it(engine):
+    """Nor is a matrix packed again in any derivative of a hypergradient."""
+    w, lam, batch, _ = instance(5, jnp.float32)
+    loss = LOSSES["matmul"]
+
+    def grad(w, lam, batch):
+        problem = bl.Problem(loss, loss, batch, batch)
+        return bl.hypergradient(problem, lam, w, engine=engine, throw=False).grad
+
+    text = jax.jit(grad).lower(w, lam, batch).compile().as_text()
+    assert text is not None
+    assert "dot(" in text and "lhs_contracting_dims={0}" not in text
+
+
+def test_one_trace_of_a_loss_serves_all_its_derivatives(count_traces):
+    w, lam, batch, _ = instance(5)
+    loss = count_traces(LOSSES["matmul"])
+    turned = rows_last(bl.Problem(loss, loss)).inner
+    for _ in range(3):
+        derivatives(turned, w, lam, batch, w)
+    assert loss.count == 1
+
+
+def test_a_mapping_stays_one():
+    problem = bl.Problem(bl.Mapping(lambda w, lam, batch: 0.5 * w + lam), network)
+    assert rows_last(problem).inner is problem.inner
