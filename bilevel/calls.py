@@ -31,9 +31,10 @@ def init_engine(
 ) -> Any:
     """The engine's state before the first step."""
     solver, engine = at_step((solver, engine), 0)
+    problem = rows_last(problem)
     if isinstance(problem, Tasks):
         return problem.init(engine, solver, w, lam, key)
-    return engine.init(rows_last(problem), solver, w, lam, key)
+    return engine.init(problem, solver, w, lam, key)
 
 
 @eqx.filter_jit
@@ -49,9 +50,10 @@ def engine_step(
 ) -> tuple[Hypergradient, Any]:
     """One step. Jitted on its own, so that another outer rule does not trace the losses again."""
     solver, engine = at_step((solver, engine), step)
+    problem = rows_last(problem)
     if isinstance(problem, Tasks):
         return problem.step(engine, solver, w, lam, state, key)
-    return engine.step(rows_last(problem), solver, w, lam, state, key)
+    return engine.step(problem, solver, w, lam, state, key)
 
 
 def estimated(
@@ -66,6 +68,7 @@ def estimated(
 ) -> Hypergradient:
     """The step's hypergradient with its error estimate."""
     solver, engine = at_step((solver, engine), step)
+    problem = rows_last(problem)
     if isinstance(problem, Tasks):
         return problem.estimate(engine, solver, lam, h, state, key)
-    return with_estimate(rows_last(problem), solver, engine, lam, h, state, key)
+    return with_estimate(problem, solver, engine, lam, h, state, key)

@@ -9,6 +9,7 @@ from jax.core import eval_jaxpr
 from jax.extend.core import Jaxpr, JaxprEqn, Literal
 
 from bilevel.problem import Loss, Problem
+from bilevel.tasks import Tasks
 from solvers import Mapping
 
 NARROW = 32
@@ -16,16 +17,22 @@ NARROW = 32
 
 
 def rows_last(problem: Any) -> Any:
-    """A `Problem`, on CPU, with losses in which `X @ w` is `(w.T @ X.T).T`, for data X (n, d) and a variable w (d, k).
+    """A `Problem`, or `Tasks` of one, with losses in which `X @ w` is `(w.T @ X.T).T` on CPU.
 
-    The values are the same up to rounding. It is for the derivative in w: of `X @ w` it is `X.T @ r`, for which X
-    is packed anew, and of the other `r.T @ X`, which takes X as it lies. No more than `NARROW` columns.
+    X (n, d) are data and w (d, k), with k up to `NARROW`, depends on the variables. The values are the same up to
+    rounding. It is for the derivative in w: of `X @ w` it is `X.T @ r`, for which X is packed anew, and of the other
+    `r.T @ X`, which takes X as it lies.
 
     For one traced program: what is returned has losses of its own, which no later one equals.
     """
-    if not isinstance(problem, Problem) or jax.default_backend() != "cpu":
+    if jax.default_backend() != "cpu":
         return problem
     changed = copy.copy(problem)
+    if isinstance(problem, Tasks):
+        object.__setattr__(changed, "problem", rows_last(problem.problem))
+        return changed
+    if not isinstance(problem, Problem):
+        return problem
     for name in ("inner", "outer"):
         loss = getattr(problem, name)
         if not isinstance(loss, Mapping):
