@@ -1,7 +1,8 @@
 """Ten folds of a cross-validated softmax regression as `Tasks`, against ten single hypergradients.
 
 Digits, one penalty per feature, float64; the rows are shared and a fold is a mask of held-out rows. The ten single
-calls share one compiled program. Fails where the two hypergradients differ by more than 1e-10.
+calls share one compiled program. "2 devices" spreads the folds over two CPU devices of JAX, one for each core, one
+fold at a time on each. Fails where the two hypergradients differ by more than 1e-10.
 
     python benchmarks/tasks_folds.py [--repeats 7] [--out benchmarks/results/tasks_folds_cpu.json]
 """
@@ -17,7 +18,7 @@ from sklearn.datasets import load_digits
 
 import bilevel as bl
 
-FOLDS, ROWS = 10, 600
+FOLDS, ROWS, DEVICES = 10, 600, 2
 
 
 def held_out(w, lam, batch):
@@ -32,6 +33,7 @@ def training(w, lam, batch):
 
 
 def main() -> None:
+    jax.config.update("jax_num_cpu_devices", DEVICES)
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=7)
     default = Path(__file__).parent / "results" / f"tasks_folds_{jax.default_backend()}.json"
@@ -52,12 +54,15 @@ def main() -> None:
         grads = [bl.hypergradient(p, lam, w, **settings).grad for p in singles]
         return jnp.mean(jnp.stack(grads), axis=0)
 
-    def together(lanes):
+    def together(lanes, **options):
         tasks = bl.Tasks(shared, masks, lanes=lanes)
-        return lambda: bl.hypergradient(tasks, lam, w, **settings).grad
+        return lambda: bl.hypergradient(tasks, lam, w, **settings, **options).grad
 
     calls = {"10 single calls": single, "Tasks": together(None)}
     calls |= {f"Tasks, {lanes} lanes": together(lanes) for lanes in (1, 2, 5)}
+    if len(jax.devices()) >= DEVICES:
+        mesh = jax.make_mesh((DEVICES,), ("tasks",))
+        calls[f"Tasks, {DEVICES} devices"] = together(1, mesh=mesh)
     reference = single()
     differences = {}
 

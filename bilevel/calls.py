@@ -5,6 +5,7 @@ from typing import Any
 import equinox as eqx
 from jax import Array
 
+from bilevel.rows_last import rows_last
 from bilevel.tasks import Tasks
 from hypergrad import AbstractEngine, BilevelProblem, Hypergradient
 from hypergrad.base import Solver
@@ -30,6 +31,7 @@ def init_engine(
 ) -> Any:
     """The engine's state before the first step."""
     solver, engine = at_step((solver, engine), 0)
+    problem = rows_last(problem)
     if isinstance(problem, Tasks):
         return problem.init(engine, solver, w, lam, key)
     return engine.init(problem, solver, w, lam, key)
@@ -48,6 +50,7 @@ def engine_step(
 ) -> tuple[Hypergradient, Any]:
     """One step. Jitted on its own, so that another outer rule does not trace the losses again."""
     solver, engine = at_step((solver, engine), step)
+    problem = rows_last(problem)
     if isinstance(problem, Tasks):
         return problem.step(engine, solver, w, lam, state, key)
     return engine.step(problem, solver, w, lam, state, key)
@@ -65,6 +68,7 @@ def estimated(
 ) -> Hypergradient:
     """The step's hypergradient with its error estimate."""
     solver, engine = at_step((solver, engine), step)
+    problem = rows_last(problem)
     if isinstance(problem, Tasks):
         return problem.estimate(engine, solver, lam, h, state, key)
     return with_estimate(problem, solver, engine, lam, h, state, key)

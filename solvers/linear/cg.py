@@ -112,7 +112,9 @@ class CG(AbstractLinearSolver):
             kappa, length2, image2 = tree.vdots(
                 (c.direction, image), (c.direction, c.direction), (image, image)
             )
-            rayleigh, largest = kappa / length2, jnp.maximum(s.largest, jnp.sqrt(image2 / length2))
+            rayleigh = kappa / length2
+            stretch = jnp.sqrt(image2 / jnp.where(length2 > 0, length2, one))  # `x` may be zero
+            largest = jnp.maximum(s.largest, stretch)
             flat = 10 * eps * largest
             code = jnp.where(
                 rayleigh < -flat,
@@ -127,7 +129,7 @@ class CG(AbstractLinearSolver):
                     fall=jnp.where(recompute, one, alpha),
                     code=jnp.where(recompute, s.code, code.astype(dtype)),
                     curvature=jnp.where(recompute, s.curvature, jnp.minimum(s.curvature, rayleigh)),
-                    largest=jnp.where(recompute, s.largest, largest),
+                    largest=largest,
                 )
             )
             m = _unpack(_Met, met)
@@ -141,8 +143,10 @@ class CG(AbstractLinearSolver):
             residual = jnp.sqrt(length2)
             steps = s.steps + jnp.where(recompute, zero, one)
             opened = is_open(residual, steps, m.code)
-            # The recomputed residual ends it where it met the target or no longer falls.
-            done = recompute & ~(opened & (residual < 0.5 * s.last_true))
+            # The recomputed residual ends it where it met the target, to within what rounding leaves of
+            # `b - A x` (part of the floor that `finish` allows), or no longer falls.
+            met_it = residual <= 10 * eps * (jnp.sqrt(image2) + b_norm)
+            done = recompute & ~(opened & ~met_it & (residual < 0.5 * s.last_true))
             scalars = _pack(
                 _Scalars(
                     gamma=gamma,

@@ -192,6 +192,15 @@ def test_from_another_start_the_solution_is_found(name, seed):
     np.testing.assert_allclose(x, np.linalg.solve(matrix, b), rtol=0, atol=1e-8)
 
 
+@pytest.mark.parametrize(("eps_off", "steps"), [(15, 0), (40, 1)])
+def test_a_residual_within_rounding_of_the_product_ends_cg(eps_off, steps):
+    eps = float(jnp.finfo(jnp.float32).eps)
+    b = np.ones(4)
+    _, info = solve(CG(rtol=1e-6), np.eye(4), b, (1 - eps_off * eps) * b, dtype=jnp.float32)
+    assert info.status == Status.OK and info.num_steps == steps
+    np.testing.assert_allclose(info.residual, 0 if steps else eps_off * eps, rtol=0.1, atol=eps)
+
+
 def test_atol_stops_early(seed):
     matrix, _, b = draw(seed, SPD)
     x, info = solve(CG(atol=0.3), matrix, b / np.linalg.norm(b))
