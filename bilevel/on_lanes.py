@@ -28,7 +28,8 @@ def map_rows(fn: Callable[..., Any], rows: Any, lanes: int, mesh: Mesh | None) -
         if lanes == count:
             return jax.vmap(fn)(*rows)
         size = lanes if lanes > 1 else None
-        return jax.lax.map(lambda row: fn(*row), rows, batch_size=size)
+        # In a tuple, as JAX takes a None of its own for one of `fn`, which an engine without a state returns.
+        return jax.lax.map(lambda row: (fn(*row),), rows, batch_size=size)[0]
 
     return on_devices(mesh, here)(*rows)
 
