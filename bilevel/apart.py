@@ -18,16 +18,16 @@ def solve(
     tasks: Any, engine: AbstractEngine, solver: Any, w: Tree, lam: Tree, state: Any
 ) -> tuple[Tree, Any, Array, Array]:
     """`(w, state, steps of each, steps of all lanes)`: the engine's own inner solves then find nothing left to do."""
-    objective = Shared(tasks.problem.inner_objective(lam), tasks.problem.inner_data)
 
-    def here(w: Tree, data: Any, own: Any, tol: Any) -> tuple[Tree, Any, Array, Array]:
+    def here(lam: Tree, w: Tree, data: Any, own: Any, tol: Any) -> tuple[Tree, Any, Array, Array]:
+        objective = Shared(tasks.problem.inner_objective(lam), tasks.problem.inner_data)
         lanes = tasks.lanes_here()
         w, own, info = solve_many(solver, objective, w, data, lanes=lanes, state=own, tol=tol)
         return w, own, info.inner.num_steps, info.lane_steps[None]
 
     own = getattr(state, "inner", None)
-    on_lanes_here = on_lanes.on_devices(tasks.mesh, here)
-    w, own, taken, spent = on_lanes_here(w, tasks.task_data, own, engine.inner_tol(state))
+    rows = (w, tasks.task_data, own, engine.inner_tol(state))
+    w, own, taken, spent = on_lanes.on_devices(tasks.mesh, here, lam, rows)
     spent = jnp.sum(spent, dtype=jnp.int32)
     return w, state if own is None else state._replace(inner=own), taken, spent
 
@@ -41,12 +41,13 @@ def adjoints(
     solve and one in its adjoint would each pay for both.
     """
 
-    def system(data: Any, w: Tree, state: Any, key: Array) -> System:
-        return engine.adjoint_system(tasks.task(data), solver, w, lam, state, key)
+    def here(lam: Tree, *rows: Any) -> tuple[tuple[Tree, LinearInfo], Array]:
+        def system(data: Any, w: Tree, state: Any, key: Array) -> System:
+            return engine.adjoint_system(tasks.task(data), solver, w, lam, state, key)
 
-    def here(*rows: Any) -> tuple[tuple[Tree, LinearInfo], Array]:
         x, info = solve_systems(system, rows, lanes=tasks.lanes_here())
         return (x, info.linear), info.lane_steps[None]
 
-    found, spent = on_lanes.on_devices(tasks.mesh, here)(tasks.task_data, w, state, keys)
+    rows = (tasks.task_data, w, state, keys)
+    found, spent = on_lanes.on_devices(tasks.mesh, here, lam, rows)
     return found, jnp.sum(spent, dtype=jnp.int32)

@@ -65,8 +65,8 @@ class Store:
         self.terminated = False
         self.notes: dict[str, Any] = {}
         """What was settled by measurement, and has to be the same after a break."""
-        self.losses: dict[str, str] = {}
-        """Digests of what the losses compute (`bilevel.fingerprint`); to be set before `load`."""
+        self.computed: dict[str, str] = {}
+        """Digests of what the problem computes (`bilevel.fingerprint`); to be set before `load`."""
         self._due: Saved | None = None
         self._last: Saved | None = None
         self._cost, self._ended = 0.0, -np.inf
@@ -145,12 +145,11 @@ class Store:
                 RuntimeWarning,
                 stacklevel=4,
             )
-        was = meta.get("losses", {})
-        others = [n for n in was if n in self.losses and was[n] != self.losses[n]]
+        was, now = meta.get("computed", {}), self.computed
+        others = [name for name in was if name in now and was[name] != now[name]]
         if others and not changed:  # another version may trace the same loss to another program
             warnings.warn(
-                f"the {' and the '.join(others)} loss does not compute what it did when {path.name} was saved: the "
-                "run goes on with it as it is now.",
+                f"other than when {path.name} was saved: {', '.join(others)}. The run goes on with what is there now.",
                 RuntimeWarning,
                 stacklevel=4,
             )
@@ -186,7 +185,7 @@ class Store:
             "leaves": _describe(tree),
             "keys": [str(jax.random.key_impl(x)) if _is_key(x) else "" for x in leaves],
             "identity": self.identity,
-            "losses": self.losses,
+            "computed": self.computed,
             "notes": self.notes,
             "begin": saved.begin,
             "estimated": saved.estimated,

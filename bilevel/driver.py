@@ -103,7 +103,8 @@ def run(
         run after the chunk, saved, with `stopped="terminated"`.
       resume: go on from the newest readable checkpoint, to `num_steps` in all, with the bits of a run
         without a break; begin where there is none. Settings may have new numbers; the data and the key
-        may not. A loss that computes something else than before is a warning.
+        may not. What computes something else than before (a loss, prox, projection, transform), and other batch
+        sizes, is a warning.
       mesh: as in `hypergradient`: `Tasks`, their solutions and states are spread over its devices, `lam` is on
         all of them, and each step adds up one hypergradient and report. Of a `Problem`, the rows of both levels
         (`shard_rows`).
@@ -159,7 +160,7 @@ def run(
         notes = None if store is None else store.notes
         problem = lane_choice.settled(engine, problem, solver, w, lam, key, notes)
         if store is not None:
-            store.losses = fingerprint.losses(problem, w, lam, key)
+            store.computed = fingerprint.digests(problem, w, lam, key, scales)
         problem = shuffled(problem, key) if stream is None else stream.start()
         begin = lambda problem, w: outer_steps.first_state(
             problem, solver, engine, rule, scales, w, lam, key

@@ -1,5 +1,6 @@
 """Functions over rows of arrays, so many at a time, on each device its own."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -11,54 +12,70 @@ from jax.sharding import Mesh, PartitionSpec
 from solvers import tree
 
 
-def on_devices(mesh: Mesh | None, fn: Callable[..., Any]) -> Callable[..., Any]:
-    """`fn(*rows) -> rows` on each device's own rows: loops of one device wait for no other."""
+def on_devices(
+    mesh: Mesh | None, fn: Callable[..., Any], shared: Any, rows: tuple[Any, ...]
+) -> Any:
+    """`fn(shared, *rows) -> rows` on each device's own rows: loops of one device wait for no other.
+
+    What `fn` differentiates in has to be in `shared`, not closed over: its type names the mesh outside, and the zeros
+    that reverse mode makes of it would have to lie there.
+    """
     if mesh is None:
-        return fn
+        return fn(shared, *rows)
     spec = PartitionSpec(mesh.axis_names)
+    specs = (PartitionSpec(), *(spec for _ in rows))
     # Every output is a row of its own device: there is nothing to check, and `while` could not be.
-    return jax.shard_map(fn, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
+    mapped = jax.shard_map(fn, mesh=mesh, in_specs=specs, out_specs=spec, check_vma=False)
+    return mapped(shared, *rows)
 
 
-def map_rows(fn: Callable[..., Any], rows: Any, lanes: int, mesh: Mesh | None) -> Any:
-    """`fn(*row)` of each row, stacked."""
+def map_rows(
+    fn: Callable[..., Any], shared: Any, rows: tuple[Any, ...], lanes: int, mesh: Mesh | None
+) -> Any:
+    """`fn(shared, *row)` of each row, stacked."""
 
-    def here(*rows: Any) -> Any:
+    def here(shared: Any, *rows: Any) -> Any:
         count = jax.tree.leaves(rows)[0].shape[0]
+        one = functools.partial(fn, shared)
         if lanes == count:
-            return jax.vmap(fn)(*rows)
+            return jax.vmap(one)(*rows)
         size = lanes if lanes > 1 else None
-        return jax.lax.map(lambda row: fn(*row), rows, batch_size=size)
+        # In a tuple, as JAX takes a None of its own for one of `fn`, which an engine without a state returns.
+        return jax.lax.map(lambda row: (one(*row),), rows, batch_size=size)[0]
 
-    return on_devices(mesh, here)(*rows)
+    return on_devices(mesh, here, shared, rows)
 
 
-def add_up(fn: Callable[..., Any], rows: Any, lanes: int, mesh: Mesh | None) -> tuple[Any, Any]:
-    """`fn(*row) -> (x, y)`: the sum of x, added up a few rows at a time, and the stacked y."""
+def add_up(
+    fn: Callable[..., Any], shared: Any, rows: tuple[Any, ...], lanes: int, mesh: Mesh | None
+) -> tuple[Any, Any]:
+    """`fn(shared, *row) -> (x, y)`: the sum of x, added up a few rows at a time, and the stacked y."""
 
-    def group(rows: Any) -> tuple[Any, Any]:
-        x, y = jax.vmap(fn)(*rows)
-        return jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0), x), y
+    def here(shared: Any, *rows: Any) -> tuple[Any, Any]:
+        one = functools.partial(fn, shared)
 
-    def here(*rows: Any) -> tuple[Any, Any]:
+        def group(rows: Any) -> tuple[Any, Any]:
+            x, y = jax.vmap(one)(*rows)
+            return jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0), x), y
+
         count = jax.tree.leaves(rows)[0].shape[0]
         whole = count // lanes * lanes
         split = lambda leaf: leaf[:whole].reshape(-1, lanes, *leaf.shape[1:])
         if lanes == count:
             total, y = group(rows)
         elif lanes == 1:
-            step = lambda total, row: _added(total, *fn(*row))
-            total, y = jax.lax.scan(step, _zeros(fn, rows), rows)
+            step = lambda total, row: _added(total, *one(*row))
+            total, y = jax.lax.scan(step, _zeros(one, rows), rows)
         else:
             step = lambda total, rows: _added(total, *group(rows))
-            total, y = jax.lax.scan(step, _zeros(fn, rows), jax.tree.map(split, rows))
+            total, y = jax.lax.scan(step, _zeros(one, rows), jax.tree.map(split, rows))
             y = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), y)
             if whole < count:
                 total, rest = _added(total, *group(jax.tree.map(lambda x: x[whole:], rows)))
                 y = jax.tree.map(lambda *parts: jnp.concatenate(parts), y, rest)
         return jax.tree.map(lambda leaf: leaf[None], total), y
 
-    totals, y = on_devices(mesh, here)(*rows)
+    totals, y = on_devices(mesh, here, shared, rows)
     return jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0), totals), y
 
 

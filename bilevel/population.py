@@ -12,7 +12,7 @@ import numpy as np
 import optax
 from jax import Array
 
-from bilevel import outer_steps, processes, validation
+from bilevel import fingerprint, outer_steps, processes, validation
 from bilevel.checkpoint import Saved, opened
 from bilevel.chunks import Chunks
 from bilevel.compiler_options import QUICK
@@ -181,7 +181,11 @@ def run_population(
         )
         everyone = np.ones(count, bool)
         like = PopulationState(jax.ShapeDtypeStruct((), jnp.int32), shapes, everyone)
-        saved = None if store is None else store.load(like, empty)
+        saved = None
+        if store is not None:
+            settings = first.w, first.lam, first.key, scales
+            store.computed = fingerprint.digests(first.problem, *settings)
+            saved = store.load(like, empty)
         if saved is None:
             states = _first_states(stacked, problem, rule, scales)
             saved = Saved(PopulationState(jnp.int32(0), states, everyone), (), 0, 0)

@@ -150,8 +150,8 @@ class Tasks(eqx.Module):
         self, engine: AbstractEngine, solver: Solver, w: Tree, lam: Tree, key: Array
     ) -> TaskStates:
         """The state before the first step."""
-        one = lambda data, w, key: engine.init(self.task(data), solver, w, lam, key)
-        own = self._map(one, self.task_data, w, self._keys(key))
+        one = lambda lam, data, w, key: engine.init(self.task(data), solver, w, lam, key)
+        own = self._map(one, lam, self.task_data, w, self._keys(key))
         return begun(own, self.count, self.weights)
 
     def drawn(self, key: Array, state: TaskStates | None = None) -> Array:
@@ -191,14 +191,22 @@ class Tasks(eqx.Module):
                 adjoints, adjoint_spent = apart.adjoints(self, engine, solver, w, lam, state, keys)
             solver = unchecked(solver, max_steps=0)  # the budget is spent
 
-        def one(data: Any, w: Tree, state: Any, key: Array, factor: Array | None, adjoint: Any):
+        def one(
+            lam: Tree,
+            data: Any,
+            w: Tree,
+            state: Any,
+            key: Array,
+            factor: Array | None,
+            adjoint: Any,
+        ):
             own = engine if adjoint is None else engine.with_adjoint(*adjoint)
             h, state = own.step(self.task(data), solver, w, lam, state, key)
             return times(factor, h.grad), (h.w, h.info, tree.norm(h.grad), state)
 
         rows = (self.task_data, w, state, self._keys(key), self._factors(), adjoints)
         lanes = self.lanes_here()
-        total, (w, info, norms, state) = on_lanes.add_up(one, rows, lanes, self.mesh)
+        total, (w, info, norms, state) = on_lanes.add_up(one, lam, rows, lanes, self.mesh)
         grad = jax.tree.map(lambda leaf: leaf / self.count, total)
         if spent is None:
             spent = on_lanes.lane_steps(info.inner.num_steps, lanes, self.mesh)
@@ -236,11 +244,10 @@ class Tasks(eqx.Module):
         """`estimate` of all these tasks, with the engine's own states."""
         smooth = self.inner_prox is None
 
-        def one(data: Any, w: Tree, info: HypergradInfo, state: Any, key: Array):
-            task = self.task(data)
+        def one(shared: Any, data: Any, w: Tree, info: HypergradInfo, state: Any, key: Array):
+            (lam, grad), task = shared, self.task(data)
             adjoint = engine.adjoint(state) if smooth else None
             # Of each task what its adjoint makes is judged: all but the step's own gradient is kept.
-            grad = h.grad
             if adjoint is not None:
                 batches = task.inner_sampler(key)(0), task.outer_batch(key)
                 grad = implied(task, make_solver(solver, lam), lam, w, adjoint, *batches)
@@ -251,7 +258,7 @@ class Tasks(eqx.Module):
             return own.grad, grad, tree.norm(grad), info
 
         rows = (self.task_data, h.w, h.info.tasks, state, self._keys(key))
-        better, made, norms, each = self._map(one, *rows)
+        better, made, norms, each = self._map(one, (lam, h.grad), *rows)
         size = tree.norm(h.grad)
         factors = self._factors()
         mean = lambda rows: jax.tree.map(
@@ -323,8 +330,8 @@ class Tasks(eqx.Module):
         here = self.count // (1 if self.mesh is None else self.mesh.size)
         return here if self.lanes is None else min(int(self.lanes), here)
 
-    def _map(self, fn: Callable[..., Any], *rows: Any) -> Any:
-        return on_lanes.map_rows(fn, rows, self.lanes_here(), self.mesh)
+    def _map(self, fn: Callable[..., Any], shared: Any, *rows: Any) -> Any:
+        return on_lanes.map_rows(fn, shared, rows, self.lanes_here(), self.mesh)
 
     def _refills(self, engine: AbstractEngine, solver: Solver) -> bool:
         """Whether the inner problems can be solved before, and apart from, the engine's step."""

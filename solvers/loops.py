@@ -210,8 +210,9 @@ def run_steps(
     before each step and recomputes what is inside the step. L > 1 also stores states only at blocks of b^(L-1),
     b^(L-2), ..., 1 steps, `b = floor(T^(1/L))`: about `L T^(1/L)` states live at once, for `L - 1` more forward
     passes (Griewank and Walther 2000). T need not be a power: the steps left over are its digits in
-    base b, each of them a scan, so no step is padded. With many steps a "step" here is a unit of a
-    few (`unit_steps`), whose intermediates are stored together: fewer states, for no more passes.
+    base b, each of them a scan, so no step is padded; of two levels, b is a divisor of T where one is near.
+    With many steps a "step" here is a unit of a few (`unit_steps`), whose intermediates are stored together: fewer
+    states, for no more passes.
 
     Where the sampler has a `plan`, those of a whole block (of all steps where levels < 2) are made at once.
     """
@@ -313,9 +314,18 @@ def _num_bytes(tree: Any) -> int:
 
 
 def _base(num_steps: int, levels: int) -> tuple[int, int]:
-    """`floor(num_steps^(1/levels))` and the levels, fewer where that would be 1."""
+    """How many blocks make one of the next size, and the levels: fewer where a block would be one step.
+
+    `floor(num_steps^(1/levels))`. Of two levels, a number near it that leaves no steps over is better: those are loops
+    of their own, which are compiled a second time.
+    """
     levels = max(min(levels, num_steps.bit_length() - 1), 1)
     base = max(round(num_steps ** (1 / levels)), 1)
     while base**levels > num_steps:
         base -= 1
+    if levels == 2:
+        stored = lambda b: b + num_steps // b
+        whole = [b for b in range(base, 2 * base) if num_steps % b == 0]
+        if whole and stored(whole[0]) <= 1.2 * stored(base):
+            return whole[0], levels
     return base, levels

@@ -16,7 +16,7 @@ import optax
 import pytest
 
 import bilevel as bl
-from bilevel import checkpoint, fingerprint, lane_choice
+from bilevel import checkpoint, fingerprint, lane_choice, transforms
 
 STEPS = 24
 X = np.random.default_rng(0).standard_normal((2, 12, 3))
@@ -170,25 +170,66 @@ def test_another_loss_of_the_same_shapes_is_told(tmp_path, monkeypatch):
     first = outer
     monkeypatch.setitem(globals(), "outer", lambda w, lam, X: 2 * first(w, lam, X))
     with pytest.warns(
-        RuntimeWarning, match="the outer loss does not compute what it did when step-"
+        RuntimeWarning, match=r"other than when step-\d+.npz was saved: outer loss\."
     ):
         run(tmp_path, num_steps=4, resume=True)
+    scales = {"transform": {"p": bl.transforms.Exp()}}
+    with pytest.warns(RuntimeWarning, match=r"was saved: transform\."):
+        run(tmp_path, num_steps=4, resume=True, **scales)
+
+
+def digests(problem, transform=None):
+    w = np.zeros((2, 3) if isinstance(problem, bl.Tasks) else 3)
+    lam = {"p": np.ones(3)}
+    return fingerprint.digests(
+        problem, w, lam, jax.random.key(0), transforms.broadcast(transform, lam)
+    )
+
+
+def changed(first, second):
+    assert set(first) == set(second)
+    return {name for name in first if first[name] != second[name]}
 
 
 def test_the_digest_of_a_loss_sees_constants_and_tasks():
-    def digests(shift, factor=1.0, tasks=False):
+    def of(shift, factor=1.0, tasks=False):
         loss = lambda w, lam, X: inner(w, lam, X) + factor * jnp.asarray(shift) @ w
         problem = bl.Problem(loss, outer, None if tasks else X[0], None if tasks else X[1])
-        w = np.zeros((2, 3) if tasks else 3)
-        problem = bl.Tasks(problem, X) if tasks else problem
-        return fingerprint.losses(problem, w, {"p": np.ones(3)}, jax.random.key(0))
+        return digests(bl.Tasks(problem, X) if tasks else problem)
 
     for tasks in (False, True):
-        first = digests(np.zeros(3), tasks=tasks)
-        assert set(first) == {"inner", "outer"}
-        assert digests(np.zeros(3), tasks=tasks) == first
-        for other in (digests(np.ones(3), tasks=tasks), digests(np.zeros(3), 2.0, tasks)):
-            assert other["inner"] != first["inner"] and other["outer"] == first["outer"]
+        first = of(np.zeros(3), tasks=tasks)
+        assert of(np.zeros(3), tasks=tasks) == first
+        for other in (of(np.ones(3), tasks=tasks), of(np.zeros(3), 2.0, tasks)):
+            assert changed(first, other) == {"inner loss"}
+
+
+def test_every_function_of_a_problem_has_a_digest():
+    half = {
+        "inner_init": lambda lam, X: 0.5 * lam["p"],
+        "inner_prox": lambda v, step, lam: bl.prox.l1(v, step, 0.5 * lam["p"]),
+        "inner_penalty": lambda w, lam: 0.5 * jnp.sum(jnp.abs(lam["p"] * w)),
+        "inequality": lambda w, lam: 0.5 * w - lam["p"],
+        "equality": lambda w, lam: 0.5 * w - lam["p"],
+        "joint_projection": lambda w, lam: (0.5 * w, lam),
+        "outer_projection": lambda lam: jax.tree.map(lambda x: 0.5 * x, lam),
+    }
+    given = {"joint_projection": lambda w, lam: (w, lam)}
+    for tasks in (False, True):
+
+        def of(tasks=tasks, **functions):
+            data = () if tasks else tuple(X)
+            problem = bl.Problem(inner, outer, *data, **(given | functions))
+            return digests(bl.Tasks(problem, X) if tasks else problem)
+
+        for name, function in half.items():
+            assert changed(of(), of(**{name: function})) == {name}
+    plain = bl.Problem(inner, outer, *X)
+    assert changed(digests(plain), digests(plain, bl.transforms.Exp())) == {"transform"}
+    batches = bl.Problem(inner, outer, *X, batch_size=(None, 5))
+    assert changed(digests(plain), digests(batches)) == {"outer loss", "sampling"}
+    tasks = bl.Tasks(bl.Problem(inner, outer), X)
+    assert changed(digests(tasks), digests(bl.Tasks(tasks.problem, X, per_step=1))) == {"sampling"}
 
 
 def test_a_disk_that_fails_costs_no_result(tmp_path, whole):

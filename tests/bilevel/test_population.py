@@ -124,7 +124,7 @@ def test_what_a_population_would_not_do_is_refused():
             bl.run_population(tasks, STARTS, jnp.zeros(3))
 
 
-def test_a_break_and_chunks_change_no_bit(tmp_path):
+def test_a_break_and_chunks_change_no_bit(tmp_path, monkeypatch):
     """Two halvings, one of them before the break; a callback sees the members, and ends the runs."""
     halved, seen = population(halvings=2), []
 
@@ -146,6 +146,10 @@ def test_a_break_and_chunks_change_no_bit(tmp_path):
         assert one.stopped == other.stopped
         jax.tree.map(np.testing.assert_array_equal, one.state, other.state)
         jax.tree.map(np.testing.assert_array_equal, one.history, other.history)
+    monkeypatch.setitem(globals(), "PROBLEM", bl.Problem(inner, outer, outer_projection=jnp.abs))
+    with pytest.warns(RuntimeWarning, match="was saved: outer_projection"):
+        population(resume=True, **settings)
+    monkeypatch.undo()
     late = population(halvings=2, time_limit=1e-9)
     assert [len(member.history.status) for member in late.members] == [4] * 4
     assert [member.stopped for member in late.members].count("time_limit") == 2

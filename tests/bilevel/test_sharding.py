@@ -80,6 +80,13 @@ h, h8 = (bl.hypergradient(tasks, lam, w, mesh=m, **settings) for m in (None, mes
 np.testing.assert_allclose(h8.grad, h.grad, rtol=1e-6)
 np.testing.assert_allclose(h8.w, h.w, rtol=1e-6, atol=1e-6)
 assert np.any(h.w == 0) and np.any(h.w != 0)
+
+# Reverse mode through steps, on batches of what the tasks share; also its error estimate.
+smooth = bl.Tasks(bl.Problem(batched, kinks.outer, shift, shift, batch_size=5), data)
+settings = {"engine": bl.Unrolled(), "solver": bl.GradientDescent(0.1, max_steps=4), "throw": False}
+h, h8 = (bl.hypergradient(smooth, lam, w, mesh=m, **settings) for m in (None, mesh))
+np.testing.assert_allclose(h8.grad, h.grad, rtol=1e-6)
+np.testing.assert_allclose(h8.info.error_estimate, h.info.error_estimate, rtol=1e-5)
 """
 
 ROWS = """

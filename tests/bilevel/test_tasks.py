@@ -176,6 +176,16 @@ def test_other_engines_and_the_mean_of_closed_forms(name, lanes, data):
         assert np.isnan(h.info.tasks.error_estimate).all()  # no hypergradient of theirs is kept
 
 
+def test_an_engine_without_a_state_on_lanes_that_divide_the_tasks(data):
+    four = {name: rows[:4] for name, rows in data.items()}
+    tasks = bl.Tasks(bl.Problem(inner, outer), four, lanes=2)
+    solver = bl.GradientDescent(0.05, 0.6, max_steps=300)
+    h = bl.hypergradient(
+        tasks, LAM, np.zeros(DIM), engine=bl.Forward(estimate=False), solver=solver
+    )
+    np.testing.assert_allclose(h.grad, closed_form(four)[1], rtol=1e-10)
+
+
 def test_a_single_loop_on_few_lanes_solves_nothing_before(data):
     tasks = bl.Tasks(bl.Problem(inner, outer), data)
     engine = bl.SOBA(step_size=0.05)

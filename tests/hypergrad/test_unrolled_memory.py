@@ -57,6 +57,16 @@ def test_a_unit_is_as_long_as_is_cheapest():
     assert chosen(1, 255) == 1
 
 
+def test_blocks_of_two_levels_leave_no_step_over_where_that_is_cheap():
+    """250 = 10 blocks of 25: 35 states, not 16 of 15 and 10 more; of 263, and of 2 * 83, no divisor is near."""
+    found = {n: loops._base(n, 2) for n in (100, 250, 263, 166, 500, 1000)}
+    assert {n: base for n, (base, _) in found.items()} == {
+        100: 10, 250: 25, 263: 16, 166: 12, 500: 25, 1000: 40
+    }  # fmt: skip
+    assert all(levels == 2 for _, levels in found.values())
+    assert loops._base(250, 3) == (6, 3) and loops._base(3, 2) == (3, 1)
+
+
 def test_units_leave_no_step_out(monkeypatch):
     """263 steps, each with its own batch: units of several, blocks of them, units and steps left over.
 
