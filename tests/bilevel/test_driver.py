@@ -304,3 +304,26 @@ def test_the_start_may_be_left_to_inner_init():
     np.testing.assert_allclose(result.history.outer_value[0], h.info.outer_value)
     with pytest.raises(TypeError, match="w is missing"):
         bl.hypergradient(bl.Problem(inner, outer), jnp.ones(3))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+@pytest.mark.parametrize(
+    ("transform", "length"), [("Sigmoid", 60), ("Exp", 900), ("Softplus", 900)]
+)
+def test_a_step_too_long_stays_inside_of_the_domain(transform, length, dtype):
+    """0 and 1 have infinite unconstrained values, with zero derivatives: the run would stay there for good."""
+    sign = 1 if transform == "Sigmoid" else -1
+    inner = lambda w, lam, batch: 0.5 * (w - lam) ** 2
+    outer = lambda w, lam, batch: 0.5 * (w - batch) ** 2
+    start, target = jnp.asarray(0.5, dtype), jnp.asarray(0.5 + sign * 0.2, dtype)
+    problem, scale = (
+        bl.Problem(inner, outer, outer_data=target),
+        getattr(bl.transforms, transform)(),
+    )
+    options = {"outer": optax.sign_sgd(length), "transform": scale, "throw": False}
+    there, back = (
+        bl.run(problem, start, jnp.zeros_like(start), num_steps=n, **options) for n in (1, 2)
+    )
+    low, high = scale.domain
+    assert low < there.lam < high
+    assert sign * (back.lam - start) < 0  # on the other side of the target
