@@ -85,8 +85,11 @@ def _rows(suffix: str, kind: str, X: Any, y: Any) -> Batch:
     return Batch(jnp.asarray(X), jnp.asarray(y))
 
 
-def _predict(w: Array, batch: Batch) -> Array:
+def _predict(kind: str, w: Array, batch: Batch) -> Array:
     """(n,) or (classes, n): rows last, which is several times faster on CPU."""
+    form = "(classes, d)" if kind == "softmax" else "(d,)"
+    if w.ndim != form.count(" ") + 1:
+        raise ValueError(f"expected w of shape {form}, with d = {batch.X.shape[1]}, got {w.shape}.")
     return jnp.einsum("...d,nd->...n", w, batch.X)
 
 
@@ -115,7 +118,7 @@ def _curve(kind: str, f: Array, u: Array) -> Array:
 
 
 def _outer(kind: str, w: Array, lam: Array, batch: Batch) -> Array:
-    return jnp.mean(_losses(kind, _predict(w, batch), batch.y))
+    return jnp.mean(_losses(kind, _predict(kind, w, batch), batch.y))
 
 
 def _inner(kind: str, w: Array, lam: Array, batch: Batch) -> Array:
@@ -123,7 +126,7 @@ def _inner(kind: str, w: Array, lam: Array, batch: Batch) -> Array:
 
 
 def _hvp(kind: str, w: Array, lam: Array, batch: Batch, v: Array) -> Array:
-    u = _curve(kind, _predict(w, batch), _predict(v, batch))
+    u = _curve(kind, _predict(kind, w, batch), _predict(kind, v, batch))
     return jnp.einsum("...n,nd->...d", u, batch.X) / batch.X.shape[0] + _like(w, lam) * v
 
 
@@ -142,7 +145,7 @@ def _preconditioner(kind: str, w: Array, lam: Array, batch: Batch) -> Callable[[
     Source: as K-FAC (Martens and Grosse 2015), with the row weights of each block kept.
     """
     n, d = batch.X.shape
-    f = _predict(w, batch).reshape(-1, n)
+    f = _predict(kind, w, batch).reshape(-1, n)
     classes = f.shape[0]
     curve = lambda direction: _curve(kind, f, jnp.broadcast_to(direction[:, None], (classes, n)))
     basis = jnp.eye(classes, dtype=w.dtype)

@@ -117,6 +117,11 @@ class Problem(eqx.Module):
                     f"Problem({name}=...) must be a function (w, lam, batch) -> scalar, "
                     f"got {getattr(self, name)!r}."
                 )
+        for name in ("same_rows", "second_order"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(
+                    f"Problem({name}=...) must be True or False, got {getattr(self, name)!r}."
+                )
         functions = (
             *("inner_init", "inner_hvp", "inner_preconditioner", "inner_gauss_newton"),
             *("inner_prox", "inner_restrict", "inner_penalty", "outer_projection"),

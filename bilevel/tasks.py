@@ -84,7 +84,7 @@ class Tasks(eqx.Module):
             )
         lanes = self.lanes
         if lanes is not None and lanes != "auto":
-            if isinstance(lanes, bool | str) or lanes != int(lanes):
+            if isinstance(lanes, bool) or not isinstance(lanes, int | np.integer):
                 raise TypeError(
                     f"Tasks(lanes=...) must be an integer, 'auto' or None, got {lanes!r}."
                 )

@@ -93,13 +93,34 @@ def broadcast(transform: Any, lam: Any) -> Any:
 
 
 def _apply(method: str, transform: Any, tree: Any) -> Any:
-    is_leaf = lambda t: isinstance(t, AbstractTransform)
-    return jax.tree.map(lambda t, x: getattr(t, method)(x), transform, tree, is_leaf=is_leaf)
+    return jax.tree.map(lambda t, x: getattr(t, method)(x), transform, tree, is_leaf=_is_transform)
 
 
 def forward(transform: Any, u: Any) -> Any:
-    """Natural `lam` of an unconstrained tree; `transform` as made by `broadcast`."""
-    return _apply("forward", transform, u)
+    """Natural `lam` of an unconstrained tree; `transform` as made by `broadcast`.
+
+    A value that rounds to an end of its domain stays next to it: from the end itself, whose unconstrained value is
+    infinite, no step would lead back.
+    """
+    return jax.tree.map(_inside, transform, _apply("forward", transform, u), is_leaf=_is_transform)
+
+
+def _is_transform(node: Any) -> bool:
+    return isinstance(node, AbstractTransform)
+
+
+def _inside(transform: AbstractTransform, x: Array) -> Array:
+    """The nearest number inside of the open domain, with the derivative of the transform."""
+    limits, held = jnp.finfo(x.dtype), jax.lax.stop_gradient(x)
+    below, above = transform.domain
+    # So far from zero that a slope times the value is no denormal.
+    near = lambda end: abs(end) * float(limits.eps) or float(limits.tiny / limits.eps)
+    low = below + near(below) if math.isfinite(below) else None
+    high = above - near(above) if math.isfinite(above) else None
+    if low is None and high is None:
+        return x
+    nearest = jnp.clip(held, low, high)
+    return x + jnp.where(nearest == held, jnp.zeros_like(held), nearest - held)
 
 
 def inverse(transform: Any, lam: Any) -> Any:
@@ -109,8 +130,7 @@ def inverse(transform: Any, lam: Any) -> Any:
 
 def check_domain(transform: Any, lam: Any) -> None:
     """Raise ValueError where a start lies outside its transform's domain."""
-    is_leaf = lambda t: isinstance(t, AbstractTransform)
-    transforms = jax.tree.leaves(transform, is_leaf=is_leaf)
+    transforms = jax.tree.leaves(transform, is_leaf=_is_transform)
     for own, value in zip(transforms, jax.tree.leaves(lam), strict=True):
         (low, high), x = own.domain, np.asarray(value)
         if np.isfinite(x).all() and not ((low < x) & (x < high)).all():

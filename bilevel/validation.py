@@ -1,5 +1,6 @@
 """Checks of what people pass, before any compute: shapes, types, names. Values are not looked at."""
 
+import dataclasses
 import functools
 import inspect
 from typing import Any, cast
@@ -23,6 +24,7 @@ from solvers import (
     Solved,
     WorkingSet,
 )
+from solvers.fields import Settings
 from solvers.tree import accumulation_dtype
 
 FIRST_ORDER = "F2SA, Moreau(gamma=...), F3SA, MEHA, LVHBA, VPBGD, BOME or PZOBO"
@@ -40,14 +42,18 @@ def count(name: str, value: Any, low: int) -> int:
 
 def seconds(name: str, value: Any) -> Any:
     """A positive number of seconds, or None."""
-    if value is None or (isinstance(value, int | float | np.number) and value > 0):
+    number = isinstance(value, int | float | np.number) and not isinstance(value, bool)
+    if value is None or (number and value > 0):
         return value
     raise ValueError(f"{name} must be a positive number of seconds, got {value!r}.")
 
 
 def tolerance(name: str, value: Any) -> Any:
     """A number of at least 0."""
-    if isinstance(value, int | float | np.number | np.ndarray | jax.Array) and value >= 0:
+    number = isinstance(value, int | float | np.number) or (
+        isinstance(value, np.ndarray | jax.Array) and value.shape == () and value.dtype != bool
+    )
+    if number and not isinstance(value, bool) and value >= 0:
         return value
     raise ValueError(f"{name} must be a number of at least 0, got {value!r}.")
 
@@ -102,6 +108,19 @@ def _initial(problem: BilevelProblem, lam: Any, key: jax.Array) -> Any:
     return problem.start(None, lam, problem.inner_sampler(key)(0))
 
 
+def single(settings: Any) -> None:
+    """Raises ValueError for a setting that holds several numbers where one is meant."""
+    for field in dataclasses.fields(settings):
+        value = getattr(settings, field.name)
+        if "low" in field.metadata and field.name != "mixture" and getattr(value, "ndim", 0):
+            raise ValueError(
+                f"{type(settings).__name__}({field.name}=...) must be one number, got shape {value.shape}: "
+                "for several, use jax.vmap or bilevel.run_population."
+            )
+        if isinstance(value, Settings):
+            single(value)
+
+
 def engine(value: Any) -> AbstractEngine:
     """An engine from its instance or registry name."""
     if isinstance(value, str):
@@ -112,6 +131,7 @@ def engine(value: Any) -> AbstractEngine:
         return value()
     if not isinstance(value, AbstractEngine):
         raise TypeError(f"engine must be an engine such as bilevel.Implicit(), got {value!r}.")
+    single(value)
     return value
 
 
@@ -161,6 +181,7 @@ def solver(value: Any, engine: AbstractEngine, problem: BilevelProblem) -> Solve
             raise ValueError(f"solver must be one of {', '.join(SOLVERS)}, got {value!r}.")
         value = SOLVERS[value.lower()]()
     if isinstance(value, AbstractInnerSolver):
+        single(value)
         if nonsmooth and engine.uses_solver:
             check_proximal(value)
         if isinstance(value, WorkingSet):
@@ -270,11 +291,18 @@ def losses(problem: Any, w: Any, lam: Any) -> None:
         leaves, treedef = jax.tree.flatten((w, lam, batch))
         shapes = tuple((leaf.shape, str(leaf.dtype)) for leaf in leaves)
         _check_loss(getattr(problem, name), name, treedef, shapes, hint)
-    prox = getattr(problem, "inner_prox", None)
-    if prox is not None:
-        leaves, treedef = jax.tree.flatten((w, lam))
-        shapes = tuple((leaf.shape, str(leaf.dtype)) for leaf in leaves)
-        _check_prox(prox, treedef, shapes)
+    step = jax.ShapeDtypeStruct((), accumulation_dtype(w))
+    for name, takes, given in (
+        ("inner_prox", "(v, step, lam)", (w, w, step, lam)),
+        ("inner_init", "(lam, batch)", (w, lam, inner_batch)),
+        ("inner_hvp", "(w, lam, batch, v)", (w, w, lam, inner_batch, w)),
+        ("outer_projection", "(lam)", (lam, lam)),
+    ):
+        function = getattr(problem, name, None)
+        if function is not None:
+            leaves, treedef = jax.tree.flatten(given)
+            shapes = tuple((leaf.shape, str(leaf.dtype)) for leaf in leaves)
+            _check_like(function, name, takes, treedef, shapes)
     joint = getattr(problem, "joint_projection", None)
     if joint is not None:
         same = lambda s: jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), s)
@@ -321,22 +349,22 @@ def _check_loss(loss: Any, name: str, treedef: Any, shapes: tuple[Any, ...], hin
 
 
 @functools.lru_cache(maxsize=256)
-def _check_prox(prox: Any, treedef: Any, shapes: tuple[Any, ...]) -> None:
+def _check_like(
+    function: Any, name: str, takes: str, treedef: Any, shapes: tuple[Any, ...]
+) -> None:
+    """Raises ValueError unless `function(*given)` is like `expected`, of the tree `(expected, *given)`."""
     structs = [jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)) for shape, dtype in shapes]
-    w, lam = jax.tree.unflatten(treedef, structs)
-    step = jax.ShapeDtypeStruct((), accumulation_dtype(w))
+    expected, *given = jax.tree.unflatten(treedef, structs)
+    kind = "lam" if name == "outer_projection" else "w"
+    must = f"{name} must take {takes} and return what is like {kind}, {_describe(expected)}"
     try:
-        result = jax.eval_shape(prox, w, step, lam)
+        result = jax.eval_shape(function, *given)
     except Exception as error:
-        raise ValueError(
-            f"inner_prox must take (v, step, lam), with v like w; it failed on v {_describe(w)}, lam "
-            f"{_describe(lam)}: {type(error).__name__}: {error}"
-        ) from error
+        shown = ", ".join(map(_describe, given))
+        raise ValueError(f"{must}; on {shown}: {type(error).__name__}: {error}") from error
     same = lambda s: jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), s)
-    if same(result) != same(w):
-        raise ValueError(
-            f"inner_prox must return what is like w, {_describe(w)}, got {_describe(result)}."
-        )
+    if same(result) != same(expected):
+        raise ValueError(f"{must}, got {_describe(result)}.")
 
 
 def _describe(tree: Any) -> str:

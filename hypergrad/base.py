@@ -233,8 +233,15 @@ def begin(problem: BilevelProblem, solver: Solver, w: Tree, lam: Tree, key: Arra
 
 
 def make_solver(solver: Solver, lam: Tree) -> AbstractInnerSolver:
-    """The inner solver at this outer variable."""
-    return solver if isinstance(solver, AbstractInnerSolver) else solver(lam)
+    """The inner solver at this outer variable. Raises TypeError where a function gives something else."""
+    if isinstance(solver, AbstractInnerSolver):
+        return solver
+    made = solver(lam)
+    if not isinstance(made, AbstractInnerSolver):
+        raise TypeError(
+            f"solver(lam) must be an inner solver such as bilevel.LBFGS(), got {made!r}."
+        )
+    return made
 
 
 def is_finite(outer_value: Array, grad: Tree) -> Array:

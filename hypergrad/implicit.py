@@ -117,9 +117,10 @@ class Implicit(AbstractEngine):
             raise ValueError(
                 f"Implicit(damping=...) must be a number or 'auto', got {self.damping!r}."
             )
-        if not isinstance(self.refine_rtol, int | float) or not self.refine_rtol > 0:
+        rtol = self.refine_rtol
+        if isinstance(rtol, bool) or not isinstance(rtol, int | float) or not 0 < rtol < 1:
             raise ValueError(
-                f"Implicit(refine_rtol=...) must be a positive number, got {self.refine_rtol!r}."
+                f"Implicit(refine_rtol=...) must be a number between 0 and 1, got {rtol!r}."
             )
         if self.warm_start not in ("last", "newton", "extrapolated"):
             raise ValueError(

@@ -63,8 +63,8 @@ def _from_numpy(value: Any) -> Any:
 
 
 def _to_number(value: Any) -> Any:
-    if value is None or isinstance(value, str | Schedule) or _is_bool(value):
-        return value  # booleans for `Settings` to refuse, which knows the name
+    if value is None or isinstance(value, str | complex | Schedule) or _is_bool(value):
+        return value  # what `Settings` refuses, which knows the name
     if callable(value):
         return Schedule(value)
     dtype = jnp.result_type(value) if isinstance(value, jax.Array | np.ndarray) else None
@@ -85,8 +85,14 @@ class Settings(eqx.Module):
             value = getattr(self, field.name)
             where = f"{type(self).__name__}({field.name}=...)"
             numeric = "low" in field.metadata
+            int_low = field.metadata.get("int_low")
             if numeric and _is_bool(value):
                 raise TypeError(f"{where} must be a number, got the boolean {value!r}.")
+            missing = value is None and not _takes(field.type, type(None))
+            if (numeric and (missing or isinstance(value, complex))) or (int_low and missing):
+                kind = "a number or a function of the outer step" if numeric else "an integer"
+                raise TypeError(f"{where} must be {kind}, got {value!r}.")
+            _check_part(where, value, field.type)
             if isinstance(value, jax.Array) and not isinstance(value, Tracer):
                 _check_number(where, value, field.metadata)
             if numeric and isinstance(value, str) and not _takes(field.type, str):
@@ -96,12 +102,27 @@ class Settings(eqx.Module):
             flag = field.type is bool or (_takes(field.type, bool) and value is not None)
             if flag and not isinstance(value, bool):
                 raise TypeError(f"{where} must be True or False, got {value!r}.")
-            int_low = field.metadata.get("int_low")
             if int_low is not None and value is not None:
                 if isinstance(value, bool) or not isinstance(value, int):
                     raise TypeError(f"{where} must be an integer, got {value!r}.")
                 if value < int_low:
                     raise ValueError(f"{where} must be at least {int_low}, got {value}.")
+                if value > LARGEST:
+                    raise ValueError(f"{where} must be at most {LARGEST}, got {value}.")
+
+
+LARGEST = 2**31 - 1
+"""Of integers: counters are int32."""
+
+
+def _check_part(where: str, value: Any, annotation: Any) -> None:
+    """Raises TypeError where a solver or another such part is expected and something else is given."""
+    kinds = typing.get_args(annotation) or (annotation,)
+    parts = tuple(k for k in kinds if isinstance(k, type) and issubclass(k, eqx.Module))
+    if parts and len(parts) == len(set(kinds) - {type(None)}):
+        optional = value is None and type(None) in kinds
+        if not (isinstance(value, parts) or optional):
+            raise TypeError(f"{where} must be an instance of {parts[0].__name__}, got {value!r}.")
 
 
 def _takes(annotation: Any, kind: type) -> bool:

@@ -3,7 +3,8 @@
 They are plain functions, differentiable in the variable and in the penalties; a problem takes one as
 `inner_prox(v, step, lam)`. A penalty is one number, or a tree like `v` of numbers and arrays that
 broadcast against its leaves: one for each coordinate. A projection is the prox of an indicator and has
-no step. NaN in, NaN out.
+no step. NaN in, NaN out; and NaN where there is no such point, or no one such point: at a penalty below zero, a
+box or a simplex without points.
 """
 
 from collections.abc import Callable
@@ -27,7 +28,7 @@ def l1(v: Tree, step: Array | float, penalty: Penalty) -> Tree:
 
 def elastic_net(v: Tree, step: Array | float, penalty: Penalty, ridge: Penalty) -> Tree:
     """The prox of `sum_j penalty_j |w_j| + ridge_j w_j^2 / 2`: `soft(v, step penalty) / (1 + step ridge)`."""
-    return _leafwise(lambda x, b: x / (1 + _like(step, x) * b), l1(v, step, penalty), ridge)
+    return _leafwise(lambda x, b: x / _or_nan(1 + _like(step, x) * b), l1(v, step, penalty), ridge)
 
 
 def group_lasso(
@@ -77,7 +78,9 @@ def sparse_group_lasso(
 def box(v: Tree, low: Penalty, high: Penalty) -> Tree:
     """The projection on `low <= w <= high`: `min(max(v, low), high)`; `-inf` and `inf` are no bound."""
     above = _leafwise(lambda x, a: jnp.maximum(x, a), v, low)
-    return _leafwise(lambda x, b: jnp.minimum(x, b), above, high)
+    inside = _leafwise(lambda x, b: jnp.minimum(x, b), above, high)
+    # An empty box has put its upper bound below the lower one.
+    return _leafwise(lambda x, a: jnp.where(x < a, jnp.nan, x), inside, low)
 
 
 def non_negative(v: Tree) -> Tree:
@@ -106,7 +109,7 @@ def simplex(v: Tree, total: Penalty = 1.0) -> Tree:
         kept = jnp.where(active, x, jnp.zeros_like(x))
         shift = (jnp.sum(kept, axis=-1, keepdims=True) - total) / number
         result = jnp.where(active, x - shift, jnp.zeros_like(x))
-        broken = jnp.any(jnp.isnan(held), axis=-1, keepdims=True) | jnp.isnan(total)
+        broken = jnp.any(jnp.isnan(held), axis=-1, keepdims=True) | ~(total >= 0)
         return jnp.where(broken, jnp.nan, result)
 
     return _leafwise(project, v, total)
@@ -114,15 +117,21 @@ def simplex(v: Tree, total: Penalty = 1.0) -> Tree:
 
 def _soft(x: Array, threshold: Array) -> Array:
     # Exactly zero below the threshold; a comparison would lose a NaN.
+    threshold = _or_nan(threshold)
     return x - jnp.minimum(jnp.maximum(x, -threshold), threshold)
 
 
 def _shrink(x: Array, square: Array, threshold: Array) -> Array:
     """`x` scaled by `max(1 - threshold / norm, 0)`, with a derivative where the norm is zero."""
-    empty = square == 0
+    empty, threshold = square == 0, _or_nan(threshold)
     norm = jnp.sqrt(jnp.where(empty, jnp.ones_like(square), square))
     at_zero = jnp.where(threshold > 0, jnp.zeros_like(square), jnp.ones_like(square))
     return x * jnp.where(empty, at_zero, jnp.maximum(1 - threshold / norm, 0))
+
+
+def _or_nan(number: Array) -> Array:
+    """A number that must not be below zero."""
+    return jnp.where(number < 0, jnp.nan, number)
 
 
 def _like(value: Any, x: Array) -> Array:

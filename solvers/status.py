@@ -53,7 +53,8 @@ _ADVICE = {
     ),
     Status.NONFINITE: (
         "a NaN or infinity appeared. Look for NaN in the data, a learning rate that is too large, a "
-        "logarithm or square root at zero. When unrolling Adam or another rule with a square root, set "
+        "logarithm or square root at zero, a penalty of an `inner_prox` below zero "
+        "(`run(transform=...)` keeps it above). When unrolling Adam or another rule with a square root, set "
         "`eps_root` (`optax.adam(..., eps_root=1e-8)`; larger where that is DIVERGED): a root has "
         "no derivative at a gradient entry that is zero; nor has clipping by the norm at a zero gradient "
         "(clip by value, `optax.clip`, instead). With `ES` a perturbed lam may have left its domain: a smaller "

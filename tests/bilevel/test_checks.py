@@ -1,5 +1,6 @@
 """`bilevel.check`: the table that compares engines, oracle and differences."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import problems
@@ -65,6 +66,22 @@ def test_bad_input(found, kwargs, error):
     case, problem, _ = found
     with pytest.raises((TypeError, ValueError), match=error):
         bl.check(problem, case.lam, case.w, **kwargs)
+
+
+@pytest.mark.parametrize("kept", [0, 1])
+def test_a_derivative_that_the_losses_hide_disagrees(kept):
+    """Wholly, or one entry of two: along the hypergradient alone nothing of it would be seen."""
+
+    def inner(w, lam, batch):
+        seen = lam * jnp.array([kept, 0.0])
+        return 0.5 * jnp.sum((w - seen - jax.lax.stop_gradient(lam - seen)) ** 2)
+
+    outer = lambda w, lam, batch: 0.5 * jnp.sum((w - 3) ** 2)
+    args = (bl.Problem(inner, outer), jnp.array([1.0, 2.0]), jnp.zeros(2))
+    table = bl.check(*args, engines=["implicit"])
+    assert not table.agreed and "DISAGREE" in str(table)
+    whole = lambda w, lam, batch: 0.5 * jnp.sum((w - lam) ** 2)
+    assert bl.check(bl.Problem(whole, outer), *args[1:], engines=["implicit"]).agreed
 
 
 def test_wrong_product_disagrees(found):

@@ -155,6 +155,22 @@ def fit(w, lam, batch):
         ({"problem": (lambda w, lam, batch: w, fit)}, ValueError, "inner loss must return"),
         ({"problem": (fit, lambda w, lam, batch: w @ lam)}, ValueError, "outer loss failed on"),
         ({"problem": (lambda w, lam: 0.0, fit)}, TypeError, r"must take \(w, lam, batch\)"),
+        (
+            {"solver": bl.LBFGS(tol=[1e-3, 1e-8])},
+            ValueError,
+            r"LBFGS\(tol=...\) must be one number",
+        ),
+        (
+            {"engine": bl.Implicit(bl.CG(rtol=[0.1, 0.2]))},
+            ValueError,
+            r"CG\(rtol=...\) must be one",
+        ),
+        ({"engine": bl.Implicit(target=[0.1, 0.2])}, ValueError, r"\(target=...\) must be one"),
+        (
+            {"engine": "unrolled", "solver": lambda lam: bl.CG()},
+            TypeError,
+            r"solver\(lam\) must be an inner solver",
+        ),
     ],
 )
 def test_bad_calls_are_refused(change, error, match):
@@ -178,6 +194,14 @@ def test_bad_calls_are_refused(change, error, match):
         (lambda: bl.Implicit(damping=-1.0), ValueError, r"Implicit\(damping=...\)"),
         (lambda: bl.Implicit(refine_rtol=0.0), ValueError, r"Implicit\(refine_rtol=...\)"),
         (lambda: bl.Implicit(refine_rtol="1"), ValueError, r"Implicit\(refine_rtol=...\)"),
+        # No step of the correction, of which the estimate would say that it is exact.
+        (lambda: bl.Implicit(refine_rtol=1.0), ValueError, r"Implicit\(refine_rtol=...\)"),
+        (lambda: bl.Implicit("cg"), TypeError, "instance of AbstractLinearSolver, got 'cg'"),
+        (
+            lambda: bl.Problem(fit, fit, second_order="no"),
+            TypeError,
+            r"\(second_order=...\) must be",
+        ),
         (lambda: bl.Implicit(estimate="no"), TypeError, "must be True or False"),
         (lambda: bl.Implicit(refine=None), TypeError, "must be True or False"),
         (lambda: bl.F2SA(nu=0.0), ValueError, r"F2SA\(nu=...\)"),
@@ -191,11 +215,30 @@ def test_bad_settings_are_refused(make, error, match):
         make()
 
 
-@pytest.mark.parametrize("outer_tol", [-1.0, float("nan"), "small"])
+@pytest.mark.parametrize(
+    ("part", "engine", "match"),
+    [
+        ({"inner_hvp": lambda w, lam, batch, v: jnp.sum(v)}, "implicit", "inner_hvp must take"),
+        ({"inner_hvp": lambda w, lam, v: v}, "implicit", r"takes 3 positional arguments"),
+        ({"inner_init": lambda lam, batch: jnp.zeros(4)}, "unrolled", "inner_init must take"),
+        ({"inner_init": lambda lam, batch: jnp.zeros(3, "f4")}, "unrolled", r"got float32\[3\]"),
+        ({"outer_projection": jnp.sum}, "implicit", r"return what is like lam, float64\[2\], got"),
+        ({"outer_projection": lambda lam: lam.astype("f4")}, "implicit", r"got float32\[2\]"),
+    ],
+)
+def test_functions_of_a_problem_give_what_is_like_their_variable(part, engine, match):
+    """Else a scalar is spread over a whole Hessian-vector product or start, and a dtype is lost on the way."""
+    with pytest.raises(ValueError, match=match):
+        bl.run(bl.Problem(fit, fit, **part), jnp.ones(2), jnp.ones(3), engine=engine)
+
+
+@pytest.mark.parametrize("outer_tol", [-1.0, float("nan"), "small", True, [1.0, 2.0]])
 def test_bad_settings_of_a_run_are_refused_before_it(outer_tol):
     never = lambda w, lam, batch: pytest.fail("traced")
     with pytest.raises(ValueError, match="outer_tol must be a number of at least 0"):
         bl.run(bl.Problem(never, never), 1.0, 1.0, outer_tol=outer_tol)
+    with pytest.raises(ValueError, match="time_limit must be a positive number of seconds"):
+        bl.run(bl.Problem(never, never), 1.0, 1.0, time_limit=True)
     with pytest.raises(TypeError, match="callback must be a function or None"):
         bl.run(bl.Problem(never, never), 1.0, 1.0, callback=1)
 
@@ -261,3 +304,26 @@ def test_the_start_may_be_left_to_inner_init():
     np.testing.assert_allclose(result.history.outer_value[0], h.info.outer_value)
     with pytest.raises(TypeError, match="w is missing"):
         bl.hypergradient(bl.Problem(inner, outer), jnp.ones(3))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+@pytest.mark.parametrize(
+    ("transform", "length"), [("Sigmoid", 60), ("Exp", 900), ("Softplus", 900)]
+)
+def test_a_step_too_long_stays_inside_of_the_domain(transform, length, dtype):
+    """0 and 1 have infinite unconstrained values, with zero derivatives: the run would stay there for good."""
+    sign = 1 if transform == "Sigmoid" else -1
+    inner = lambda w, lam, batch: 0.5 * (w - lam) ** 2
+    outer = lambda w, lam, batch: 0.5 * (w - batch) ** 2
+    start, target = jnp.asarray(0.5, dtype), jnp.asarray(0.5 + sign * 0.2, dtype)
+    problem, scale = (
+        bl.Problem(inner, outer, outer_data=target),
+        getattr(bl.transforms, transform)(),
+    )
+    options = {"outer": optax.sign_sgd(length), "transform": scale, "throw": False}
+    there, back = (
+        bl.run(problem, start, jnp.zeros_like(start), num_steps=n, **options) for n in (1, 2)
+    )
+    low, high = scale.domain
+    assert low < there.lam < high
+    assert sign * (back.lam - start) < 0  # on the other side of the target

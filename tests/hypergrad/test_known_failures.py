@@ -11,6 +11,7 @@ import optax
 import pytest
 
 import bilevel as bl
+from bilevel.problem import shuffled
 
 
 def bowl(w, lam, batch):
@@ -153,6 +154,110 @@ def test_unrolling_through_a_square_root_at_zero(rule, right):
         np.testing.assert_allclose(h.grad, expected, rtol=1e-5, atol=1e-9)
     else:
         assert not right and int(h.info.status) == bl.Status.NONFINITE
+
+
+def shifted(w, lam, batch):
+    return (w - lam) ** 2
+
+
+def close(w, lam, batch):
+    return 0.5 * (w - 1) ** 2
+
+
+@pytest.mark.parametrize(
+    "linear_solver", [bl.CG(), bl.Neumann(max_steps=200), bl.Dense(), bl.MINRES(), bl.GMRES()]
+)
+def test_a_variable_without_an_axis(linear_solver):
+    """TorchOpt: RuntimeError from its Neumann series, and a zero gradient from CG."""
+    engine = bl.Implicit(linear_solver)
+    h = bl.hypergradient(bl.Problem(shifted, close), 3.0, 0.0, engine=engine)
+    np.testing.assert_allclose(h.grad, 2.0, rtol=1e-8)
+
+
+@pytest.mark.parametrize("engine", ["implicit", "unrolled"])
+def test_a_fixed_point_iteration_that_diverges_is_a_status(engine):
+    """hypertorch: values of -1e9 without a notice."""
+    problem = bl.Problem(bl.Mapping(lambda w, lam, batch: 3 * w + lam), distance)
+    args = (problem, jnp.ones(2), jnp.zeros(2))
+    h = bl.hypergradient(*args, engine=engine, solver=bl.FixedPoint(max_steps=50), throw=False)
+    assert int(h.info.status) != bl.Status.OK
+
+
+def ridge_of_rows(w, lam, batch):
+    X, y = batch
+    return 0.5 * jnp.mean((X @ w - y) ** 2) + 0.5 * lam * jnp.sum(w**2)
+
+
+def error_of_rows(w, lam, batch):
+    return ridge_of_rows(w, 0.0, batch)
+
+
+def test_implicit_means_implicit_on_minibatches_too(seed):
+    """jaxopt: `OptaxSolver(implicit_diff=True).run_iterator` unrolls its steps instead."""
+    rng = np.random.default_rng([seed, 5])
+    X = rng.normal(size=(40, 3))
+    y = X @ np.ones(3) + rng.normal(size=40)
+    problem = bl.Problem(ridge_of_rows, error_of_rows, (X, y), (X, y), batch_size=(10, None))
+    h = bl.hypergradient(problem, 0.5, jnp.zeros(3))
+    X_batch, y_batch = problem.inner_sampler(jax.random.key(0))(0)
+    H = X_batch.T @ X_batch / 10 + 0.5 * np.eye(3)
+    w = np.linalg.solve(H, X_batch.T @ y_batch / 10)
+    truth = -w @ np.linalg.solve(H, X.T @ (X @ w - y) / 40)
+    np.testing.assert_allclose(h.grad, truth, rtol=1e-6)
+
+
+def test_a_pass_over_the_rows_takes_each_once(key):
+    """benchmark_bilevel: the last batch of each permutation comes twice."""
+    rows = np.arange(12.0)
+    problem = shuffled(bl.Problem(shifted, close, rows, rows, batch_size=3), key)
+    sampler = problem.inner_sampler(key)
+    drawn = np.concatenate([sampler(step) for step in range(4)])
+    np.testing.assert_array_equal(np.sort(drawn), rows)
+
+
+def test_a_penalty_above_the_largest_that_matters_is_told_by_its_margin(seed):
+    """sparho: "converged" at the start. The derivative is zero there; the margin says how far that holds."""
+    rng = np.random.default_rng([seed, 6])
+    X = rng.normal(size=(30, 4))
+    y = X @ np.ones(4)
+    prox = lambda v, step, lam: bl.prox.l1(v, step, lam)
+    problem = bl.Problem(error_of_rows, error_of_rows, (X, y), (X, y), inner_prox=prox)
+    largest = np.abs(X.T @ y / 30).max()
+    h = bl.hypergradient(problem, 3 * largest, jnp.zeros(4))
+    assert h.grad == 0 and not np.any(h.w)
+    np.testing.assert_allclose(h.info.margin, 2 * largest, rtol=0.05)
+
+
+def test_an_implicit_solution_has_forward_derivatives():
+    """jaxopt: TypeError; and the derivative of `state.value` is zero."""
+    solve = lambda lam: lam**2 / 2
+    solution = bl.implicit(solve, lambda w, lam: 2 * w - lam**2)
+    value = lambda lam: (solution(lam) - 1) ** 2
+    for derivative in (jax.grad, jax.jacfwd):
+        np.testing.assert_allclose(derivative(value)(3.0), 2 * (4.5 - 1) * 3.0, rtol=1e-9)
+
+
+def test_half_precision_is_worked_in_and_told():
+    """optimistix: NotImplementedError from BFGS in bfloat16."""
+    H = jnp.diag(jnp.array([1.0, 2.0, 4.0], jnp.bfloat16))
+    lam = jnp.full(3, 2, jnp.bfloat16)
+    target = jnp.arange(1, 4, dtype=jnp.bfloat16)
+    outer = lambda w, lam, batch: 0.5 * jnp.sum((w - target) ** 2)
+    h = bl.hypergradient(bl.Problem(bowl, outer, H), lam, jnp.zeros_like(lam), throw=False)
+    truth = np.array([1.0, -0.5, -0.625])
+    error = np.linalg.norm(np.asarray(h.grad, float) - truth) / np.linalg.norm(truth)
+    assert h.grad.dtype == jnp.bfloat16
+    assert int(h.info.status) != bl.Status.OK or error <= 3 * float(h.info.error_estimate) < 0.5
+
+
+def test_losses_with_other_arguments_are_refused():
+    """jaxopt: keyword-only or `**kwargs` objectives fail inside."""
+
+    def keywords(**kwargs):
+        return jnp.sum(kwargs["w"] ** 2)
+
+    with pytest.raises(TypeError, match=r"the inner loss must take \(w, lam, batch\)"):
+        bl.hypergradient(bl.Problem(keywords, distance), jnp.ones(2), jnp.zeros(2))
 
 
 def test_one_step_is_right_for_vectors():

@@ -306,7 +306,7 @@ def test_who_would_ignore_the_prox_is_refused():
         bl.hypergradient(
             problem, -2.5, w, engine="unrolled", solver=lambda lam: bl.GradientDescent()
         )
-    with pytest.raises(ValueError, match="inner_prox must return what is like w"):
+    with pytest.raises(ValueError, match=r"inner_prox must take .* and return what is like w"):
         bl.hypergradient(
             dataclasses.replace(problem, inner_prox=lambda v, step, lam: v[:3]), 0.1, w
         )
@@ -343,3 +343,14 @@ def test_a_map_that_is_no_prox_is_no_confident_number():
     solver = bl.ProximalGradient(max_steps=20_000, tol=1e-10)
     h = bl.hypergradient(problem, -2.5, jnp.asarray(case.w), solver=solver, throw=False)
     assert h.info.status != bl.Status.OK and np.isnan(float(h.info.error_estimate))
+
+
+def test_a_penalty_that_a_run_takes_below_zero_is_no_result():
+    case = NONSMOOTH["lasso"]
+    outer = lambda w, lam, batch: squares(w, lam, batch) + 10 * lam
+    prox = lambda v, step, lam: bl.prox.l1(v, step, lam)
+    problem = problem_of(case, inner=squares, outer=outer, inner_prox=prox)
+    rule = optax.sgd(0.01)
+    result = bl.run(problem, 0.05, jnp.zeros(10), outer=rule, num_steps=3, throw=False)
+    assert result.lam < 0 and result.status == bl.Status.NONFINITE
+    assert result.best.lam == 0.05

@@ -129,6 +129,16 @@ def test_ready_problems(kind, shape, seed):
     assert float(h.info.bound) > 0
 
 
+@pytest.mark.parametrize(
+    ("kind", "w"), [("ridge", (2, 3)), ("logistic", (2, 3)), ("softmax", (3,))]
+)
+def test_ready_problems_refuse_a_w_of_another_form(kind, w):
+    """Several rows of a ridge would be averaged in the loss and not in its Hessian-vector product."""
+    X, y = np.ones((4, 3)), np.array([0, 1, 0, 1])
+    with pytest.raises(ValueError, match=r"expected w of shape \("):
+        bl.hypergradient(getattr(bl.glm, kind)(X, y, X, y), 0.1, jnp.zeros(w))
+
+
 def test_problems_precondition_their_adjoint_and_newton_systems(seed):
     """With a spread spectrum CG needs fewer products, for the same hypergradient."""
     rng = np.random.default_rng([seed, 13])

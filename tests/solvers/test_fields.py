@@ -91,6 +91,33 @@ def test_booleans_are_no_numbers(value):
             cls(**{field: value})
 
 
+@pytest.mark.parametrize(
+    ("cls", "field", "value", "expected"),
+    [
+        (
+            GradientDescent,
+            "learning_rate",
+            None,
+            "a number or a function of the outer step, got None",
+        ),
+        (CG, "rtol", 1j, "a number or a function of the outer step, got 1j"),
+        (LBFGS, "max_steps", None, "an integer, got None"),
+        (Newton, "linear_solver", "cg", "an instance of AbstractLinearSolver, got 'cg'"),
+        (Newton, "linear_solver", CG, "an instance of AbstractLinearSolver, got <class"),
+        (Newton, "linear_solver", LBFGS(), "an instance of AbstractLinearSolver, got LBFGS"),
+    ],
+)
+def test_the_kind_that_is_expected_is_named(cls, field, value, expected):
+    with pytest.raises(TypeError, match=rf"{cls.__name__}\({field}=\.\.\.\) must be {expected}"):
+        cls(**{field: value})
+
+
+def test_integers_above_what_a_counter_holds_are_refused():
+    """A step counter of int32 would stop before the first step."""
+    with pytest.raises(ValueError, match=r"LBFGS\(max_steps=\.\.\.\) must be at most 2147483647"):
+        LBFGS(max_steps=2**31)
+
+
 def test_numpy_integers_become_python_ones():
     assert type(CG(max_steps=np.int64(7)).max_steps) is int  # and equinox has nothing to warn of
 

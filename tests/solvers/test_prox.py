@@ -151,3 +151,19 @@ def test_distance_to_a_kink_of_other_maps():
     assert away / 3 < found < 3 * away
     simplex = distance(lambda v: prox.simplex(v), jnp.array([0.9, 0.2, 0.03]))
     assert 0 < simplex < 0.1
+
+
+@pytest.mark.parametrize(
+    "operator",
+    [
+        lambda v: prox.l1(v, STEP, -1e-3),
+        lambda v: prox.elastic_net(v, STEP, 0.1, -1.3),
+        lambda v: prox.group_lasso(v, STEP, -1e-3),
+        lambda v: prox.sparse_group_lasso(v, STEP, 0.1, jnp.array([0.1, -0.1, 0.2]), GROUPS),
+        lambda v: prox.box(v, 0.1, 0.0),
+        lambda v: prox.simplex(v, -1e-3),
+    ],
+)
+def test_what_no_convex_term_has_is_nan(operator):
+    """The formulas go on below zero, and would give a plausible point of no problem."""
+    assert np.isnan(operator(jnp.linspace(-1.0, 2.0, DIM))).any()
