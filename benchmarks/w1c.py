@@ -63,7 +63,8 @@ def columns(lam: jax.Array, batch: Any, indices: jax.Array) -> tuple[jax.Array, 
 def ours(X: np.ndarray, y: np.ndarray, start: float, dtype: Any, solver: Any):
     X, y = X.astype(dtype), y.astype(dtype)
     train, held_out = (X[:ROWS], y[:ROWS]), (X[ROWS:], y[ROWS:])
-    problem = bl.Problem(inner, outer, train, held_out, inner_prox=prox, inner_restrict=columns)
+    with jax.enable_x64(dtype is np.float64):
+        problem = bl.Problem(inner, outer, train, held_out, inner_prox=prox, inner_restrict=columns)
     engine = bl.Implicit(linear_solver=bl.CG(rtol=1e-2), estimate=False)
 
     def call() -> float:

@@ -129,7 +129,7 @@ def run(
     validation.function("callback", callback)
     if isinstance(progress, str) and progress != PANEL:
         raise ValueError(f"progress must be True, False, None or {PANEL!r}, got {progress!r}.")
-    key = jax.random.key(0) if key is None else key
+    key = validation.key(key)
     pool = pooled(problem, w, key, chunk)
     stream = streamed(problem, key, chunk, mesh)
     sample, w = (problem, w) if pool is None else pool.sample()

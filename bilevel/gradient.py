@@ -127,7 +127,7 @@ def _checked(
     engine, solver = resolved(engine, solver, problem, lam, w, key)
     engine = validation.engine(engine)
     solver = validation.solver(solver, engine, problem)
-    key = jax.random.key(0) if key is None else key
+    key = validation.key(key)
     lam = validation.variables("lam", lam)
     w = validation.start(problem, w, lam, key)
     validation.losses(problem, w, lam)

@@ -11,12 +11,13 @@ from jax import Array
 
 from bilevel import transforms
 from bilevel.calls import can_estimate, engine_step, estimated, init_engine
-from bilevel.compiler_options import IN_ORDER, QUICK, known
+from bilevel.compiler_options import IN_ORDER, ONCE, QUICK, known
 from bilevel.compiler_options import jit as jit_with
 from bilevel.footprint import fitted
 from bilevel.outer.base import Evaluation, OuterMethod, at_accuracy
 from bilevel.problem import Problem, Shuffled
 from bilevel.result import Best, History, RunState, packed, record
+from bilevel.validation import is_traced
 from hypergrad import AbstractEngine, Hypergradient
 from solvers import Status, tree
 from solvers.optax_solver import optax_init, optax_update
@@ -28,8 +29,14 @@ Last = tuple[Tree, Hypergradient] | None
 """The outer variable and hypergradient of the last step, where an estimate may be asked for."""
 
 
-@eqx.filter_jit
 def first_state(problem, solver, engine, rule, scales, w, lam, key) -> RunState:
+    """The state before the first step, compiled."""
+    inside = is_traced(problem, w, lam, key)  # of another program, which has its own options
+    once = not inside and compiles_quick(engine, problem, (w, lam))
+    return (_begin_once if once else _begin)(problem, solver, engine, rule, scales, w, lam, key)
+
+
+def _first_state(problem, solver, engine, rule, scales, w, lam, key) -> RunState:
     lam = (getattr(problem, "outer_projection", None) or (lambda lam: lam))(lam)
     u = transforms.inverse(scales, lam)
     infinity = jnp.full((), jnp.inf, tree.accumulation_dtype(w))
@@ -148,12 +155,15 @@ def judged_steps(
     return state, buffer, taken
 
 
+_begin = eqx.filter_jit(_first_state)
+_begin_once = jit_with(_first_state, ONCE)
 take_steps = eqx.filter_jit(steps)
 _take_in_order = jit_with(steps, IN_ORDER)
 _take_quick = jit_with(steps, QUICK)
 _take_judged = eqx.filter_jit(judged_steps)
 _judge = eqx.filter_jit(with_verdict)
 _judge_seldom = jit_with(with_verdict, QUICK)
+_judge_small = jit_with(with_verdict, ONCE)
 
 SELDOM = 10
 """Steps in a chunk from which on an estimate's compilation takes longer than its runs."""
@@ -163,7 +173,7 @@ SMALL = 16_000_000
 """Bytes of data and state below which a run is taken to compile for longer than it works."""
 
 
-def compiles_quick(engine: AbstractEngine, problem: Any, state: RunState) -> bool:
+def compiles_quick(engine: AbstractEngine, problem: Any, state: Any) -> bool:
     """Whether what is compiled quicker, though slower by some percent, is the better program.
 
     It depends on shapes alone, as the last bits of a result depend on the program.
@@ -194,7 +204,10 @@ def advance(
         return _take_judged(fitted(_take_judged, engine, *args).engine, *args)
     state, buffer, taken, last = program(engine, problem, state)(engine, *args, size)
     if estimate and last is not None:
-        judge = _judge_seldom if size >= SELDOM and known(QUICK) else _judge
+        judge = _judge
+        if size >= SELDOM and known(QUICK):
+            small = compiles_quick(engine, problem, state)
+            judge = _judge_small if small else _judge_seldom
         state, buffer = judge(engine, problem, solver, state, key, buffer, taken, last)
     return state, buffer, taken
 

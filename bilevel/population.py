@@ -120,7 +120,7 @@ def run_population(
             "a pool of tasks and lanes='auto' are for bilevel.run: expected Tasks(pool=None), and a number of lanes or "
             "None."
         )
-    key = jax.random.key(0) if key is None else key
+    key = validation.key(key)
     starts = [jax.tree.map(lambda leaf, i=i: leaf[i], lam) for i in range(count)]
     engines, solvers = _each("engine", engine, count), _each("solver", solver, count)
     given = [

@@ -49,7 +49,7 @@ def prepared(
     engine, solver = resolved(engine, solver, problem, lam, w, key)
     engine = validation.engine(engine)
     solver = validation.stepping(validation.solver(solver, engine, problem))
-    key = jax.random.key(0) if key is None else key
+    key = validation.key(key)
     lam = validation.variables("lam", lam)
     w = validation.start(problem, w, lam, key)
     if validation.is_traced(problem, lam, w, solver, engine, key):

@@ -15,6 +15,7 @@ from jax.core import Tracer
 from bilevel.sampling import minibatch, num_rows, random_rows, take
 from hypergrad.certificate import Constants
 from hypergrad.levels import Slots
+from solvers.fields import as_array
 from solvers.types import MatVec, Objective, Sampler, Tree, constant_sampler
 
 Loss = Callable[[Tree, Tree, Any], Array]
@@ -376,7 +377,7 @@ def as_arrays(name: str, data: Any, of: str = "Problem", on_device: bool = True)
             host = np.asarray(leaf)
             if host.dtype.kind not in "biuf" and not jnp.issubdtype(host.dtype, jnp.floating):
                 raise TypeError(f"{where} must be a numeric array, got dtype {host.dtype}.")
-            array = jnp.asarray(host) if on_device else host
+            array = as_array(host) if on_device else host
         if array.size == 0:
             raise ValueError(f"{where} is empty: shape {array.shape}.")
         return array

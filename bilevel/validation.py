@@ -24,7 +24,7 @@ from solvers import (
     Solved,
     WorkingSet,
 )
-from solvers.fields import Settings
+from solvers.fields import Settings, as_array
 from solvers.tree import accumulation_dtype
 
 FIRST_ORDER = "F2SA, Moreau(gamma=...), F3SA, MEHA, LVHBA, VPBGD, BOME or PZOBO"
@@ -64,6 +64,15 @@ def function(name: str, value: Any) -> None:
         raise TypeError(f"{name} must be a function or None, got {value!r}.")
 
 
+def key(value: Any) -> jax.Array:
+    """The key given, or `jax.random.key(0)`, which is not compiled where its words are known."""
+    if value is not None:
+        return value
+    if jax.config.jax_default_prng_impl != "threefry2x32":  # type: ignore[attr-defined]
+        return jax.random.key(0)
+    return jax.random.wrap_key_data(as_array(np.zeros(2, np.uint32)), impl="threefry2x32")
+
+
 def variables(name: str, tree: Any) -> Any:
     """A variable as strongly typed floating-point arrays, each leaf with its own dtype.
 
@@ -73,14 +82,14 @@ def variables(name: str, tree: Any) -> Any:
     def convert(path: Any, leaf: Any) -> jax.Array:
         where = f"{name}{jax.tree_util.keystr(path)}"
         if isinstance(leaf, float):
-            return jnp.asarray(leaf, jnp.result_type(float))
+            return as_array(leaf, jnp.result_type(float))
         if not isinstance(leaf, jax.Array | np.ndarray | np.generic):
             raise TypeError(f"{where} must be a floating-point array, got {leaf!r}.")
         if not jnp.issubdtype(leaf.dtype, jnp.floating):
             raise TypeError(f"{where} must be floating point, got dtype {leaf.dtype}.")
         if leaf.size == 0:
             raise ValueError(f"{where} is empty: shape {leaf.shape}.")
-        array = jnp.asarray(leaf)
+        array = as_array(leaf)
         return jax.lax.convert_element_type(array, array.dtype)  # drops a weak type
 
     if not jax.tree.leaves(tree):

@@ -169,11 +169,10 @@ class Implicit(AbstractEngine):
 
         value, c, grad_lam = outer_value_and_grads(problem, w, lam, problem.outer_batch(key))
         residual, hvp, damping = self._products(problem, solver, w, lam, batch, key)
-        warm = _warm(state)
 
         def solve_adjoint(product: MatVec, b: Tree) -> tuple[Tree, LinearInfo]:
             prepared = linear.init(product, w, linear_key)
-            return linear.solve(product, b, warm, prepared, linear_key)
+            return linear.solve(product, b, state.adjoint, prepared, linear_key)
 
         if has_prox(problem):
             size = step_after(problem, solver, inner_state, w, lam, batch)
@@ -276,7 +275,8 @@ class Implicit(AbstractEngine):
         _, hvp, damping = self._products(problem, solver, w, lam, sampler(0), key)
         _, c, _ = outer_value_and_grads(problem, w, lam, problem.outer_batch(key))
         product = lambda v: tree.axpy(damping, v, hvp(v))
-        return System(product, c, _warm(state), typing.cast(CG, linear), jax.random.fold_in(key, 2))
+        own = typing.cast(CG, linear)
+        return System(product, c, state.adjoint, own, jax.random.fold_in(key, 2))
 
     def with_adjoint(self, x: Tree, info: LinearInfo) -> "Implicit":
         return unchecked(self, linear_solver=Given(x, info))
@@ -307,12 +307,6 @@ def _gauss_newton(problem: BilevelProblem, solver: Solver, objective: Any) -> Ca
     if has_prox(problem) or not solver.symmetric:
         raise ValueError("Implicit(gauss_newton=True) is for smooth inner losses without a prox.")
     return own
-
-
-def _warm(state: "_State") -> Tree:
-    """The last adjoint, where it is one."""
-    q = state.adjoint
-    return tree.where(tree.all_finite(q), q, tree.zeros_like(q))
 
 
 class _State(NamedTuple):

@@ -7,7 +7,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from solvers.fields import Number, Settings, number
+from solvers.fields import Number, Settings, number, unchecked
 from solvers.types import ObjectiveFn, Tree
 
 
@@ -58,7 +58,10 @@ class AbstractInnerSolver(Settings):
         """What `restart` begins with: zeros where it carries nothing over, so that nothing is measured twice."""
         if type(self).restart is not AbstractInnerSolver.restart:
             return self.init(objective, w, batch)
-        shapes = eqx.filter_eval_shape(self.init, objective, w, batch)
+        # Measurements take long to trace, and the shapes are those of any number.
+        names = [name for name in self.measured if isinstance(getattr(self, name), str)]
+        given = unchecked(self, **dict.fromkeys(names, 1.0))
+        shapes = eqx.filter_eval_shape(type(self).init, given, objective, w, batch)
         return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
 
     def settled(self, state: Any) -> "AbstractInnerSolver":

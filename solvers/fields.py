@@ -70,7 +70,14 @@ def _to_number(value: Any) -> Any:
     dtype = jnp.result_type(value) if isinstance(value, jax.Array | np.ndarray) else None
     if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
         dtype = jnp.result_type(float)
-    return jnp.asarray(value, dtype)
+    return as_array(value, dtype)
+
+
+def as_array(value: Any, dtype: Any = None) -> Array:
+    """`jnp.asarray`, but numbers and NumPy arrays are copied, and no program is compiled for each shape."""
+    if isinstance(value, jax.Array):
+        return jnp.asarray(value, dtype)
+    return jax.device_put(np.array(value, dtype))
 
 
 def _is_bool(value: Any) -> bool:

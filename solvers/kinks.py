@@ -47,21 +47,25 @@ def kink_distance(fn: Callable[[Tree], Tree], v: Tree) -> Scalar:
         def bends(t: Array) -> Array:
             return bent(vector(flat + t * direction) - start - t * slope, t, _BEND)
 
-        def goes_on(t: Array) -> Array:
-            return ~bends(t) & (t < longest)
+        def goes_on(ends: tuple[Array, Array, Array]) -> Array:
+            low, high, halvings = ends
+            doubles = jnp.isinf(high) & (low < longest)
+            return doubles | ((low > 0) & jnp.isfinite(high) & (halvings < 8))
 
-        far = jax.lax.while_loop(goes_on, lambda t: 2 * t, shortest)
+        def narrow(ends: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+            """Doubling and bisection in one body, as compilation takes as long as the maps that are written out."""
+            low, high, halvings = ends
+            doubles = jnp.isinf(high)
+            t = jnp.where(doubles, jnp.maximum(2 * low, shortest), (low + high) / 2)
+            inside = bends(t)
+            halvings = jnp.where(doubles, halvings, halvings + 1)
+            return jnp.where(inside, low, t), jnp.where(inside, t, high), halvings
 
-        def halve(_: Array, ends: tuple[Array, Array]) -> tuple[Array, Array]:
-            low, high = ends
-            middle = (low + high) / 2
-            inside = bends(middle)
-            return jnp.where(inside, low, middle), jnp.where(inside, middle, high)
-
-        low, _ = jax.lax.fori_loop(0, 8, halve, (far / 2, far))
-        low = jnp.where(far > shortest, low, jnp.zeros_like(low))
+        # `low` is where the map still was on its tangent, `high` where it no longer was.
+        begin = (jnp.zeros((), dtype), jnp.full((), jnp.inf, dtype), jnp.int32(0))
+        low, high, _ = jax.lax.while_loop(goes_on, narrow, begin)
         # Past a kink at k the map leaves its tangent by the jump of the slope (1, for these) times t - k.
-        return jnp.where(bends(far), (1 - _BEND) * low, jnp.full_like(low, jnp.inf))
+        return jnp.where(jnp.isfinite(high), (1 - _BEND) * low, high)
 
     return jnp.min(jax.vmap(distance)(jnp.concatenate([forth, -forth])))
 

@@ -109,13 +109,14 @@ def stop_level(tol: Scalar, w: Tree) -> Scalar:
     return jnp.where(tol > 0, jnp.maximum(tol, 10 * tree.epsilon(w)), tol)
 
 
-def rounding_level(value: Scalar, w: Tree) -> Scalar:
+def rounding_level(value: Scalar, w: Tree, length: Scalar | None = None) -> Scalar:
     """`10 eps max(1, |value| / max(1, ||w||))`: a gradient norm below this is rounding error.
 
-    By `||w||`, or an iteration that diverges would end up below it: values grow as the square of gradients.
+    By `||w||` (`length`, where it is known), or an iteration that diverges would end up below it: values grow as the
+    square of gradients.
     """
     dtype = tree.accumulation_dtype(w)
-    size = jnp.maximum(tree.norm(w).astype(dtype), 1.0)
+    size = jnp.maximum(tree.norm(w) if length is None else length, 1.0)
     return 10 * tree.epsilon(w) * jnp.maximum(jnp.abs(value).astype(dtype) / size, 1.0)
 
 
@@ -133,10 +134,10 @@ def judge(
     fixed budget: what residual is left is OK.
     """
     value = objective(w, batch)
-    residual = tree.norm(solver.optimality(objective, w, batch))
-    floor = rounding_level(value, w).astype(residual.dtype)
+    (length, residual), w_finite = tree.norms_and_finite(w, solver.optimality(objective, w, batch))
+    floor = rounding_level(value, w, length)
     unmet = (tol > 0) & (residual > jnp.maximum(tol.astype(residual.dtype), floor))
-    finite = jnp.isfinite(residual) & jnp.isfinite(value) & tree.all_finite(w)
+    finite = jnp.isfinite(residual) & jnp.isfinite(value) & w_finite
     code = status.combine(
         status.where(unmet, Status.MAX_STEPS), status.where(~finite, Status.NONFINITE)
     )

@@ -86,11 +86,12 @@ class ProximalGradient(AbstractInnerSolver):
         # T = prox(I - s grad g) is nonexpansive for these steps, so the residual at `new` = T(y) is at
         # most that at y, which is ||y - T(y)|| / s: known without another gradient.
         back = jax.lax.stop_gradient(tree.sub(y, new))
-        residual = 1.01 * tree.norm(back) / jax.lax.stop_gradient(step)
+        move = tree.sub(new, w)
+        length2, along = tree.vdots((back, back), (back, jax.lax.stop_gradient(move)))
+        residual = 1.01 * jnp.sqrt(length2) / jax.lax.stop_gradient(step)
         if not self.accelerate:
             return new, _State(new, y, gradient, state.momentum, step, residual)
-        move = tree.sub(new, w)
-        turned = (tree.vdot(back, jax.lax.stop_gradient(move)) > 0) | too_long
+        turned = (along > 0) | too_long
         one = jnp.ones_like(state.momentum)
         following = (1 + jnp.sqrt(1 + 4 * state.momentum**2)) / 2
         factor = jnp.where(turned, 0 * one, (state.momentum - 1) / following)
@@ -102,10 +103,10 @@ class ProximalGradient(AbstractInnerSolver):
         """The step, cut where `||g(y) - g(y')|| / ||y - y'||` at the last two points is too large for it."""
         y, gradient, last = jax.lax.stop_gradient((y, gradient, state))
         dtype = state.step.dtype
-        distance = tree.norm(tree.sub(y, last.point_before)).astype(dtype)
-        rise = tree.norm(tree.sub(gradient, last.gradient)).astype(dtype)
+        differences = tree.sub((y, gradient), (last.point_before, last.gradient))
+        distance, rise, length = tree.norms(*differences, y).astype(dtype)
         # Below this distance the difference of two gradients is rounding error.
-        known = distance > 1e3 * tree.epsilon(y) ** 0.5 * tree.norm(y).astype(dtype)
+        known = distance > 1e3 * tree.epsilon(y) ** 0.5 * length
         curvature = jnp.where(known, rise / jnp.where(known, distance, 1), jnp.zeros((), dtype))
         limit = 1.1 if self.accelerate else 1.9
         too_long = curvature * last.step > limit

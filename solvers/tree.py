@@ -36,9 +36,18 @@ def vdot(x: Tree, y: Tree) -> Scalar:
     return jax.tree.reduce(jnp.add, parts, jnp.zeros((), dtype))
 
 
+TOGETHER = 2**13
+"""Entries of a tree up to which several reductions of such trees are one: more cost more to stack than is won."""
+
+
 def vdots(*pairs: tuple[Tree, Tree]) -> Array:
-    """The inner products of several pairs of like trees, in one reduction: shape (len(pairs),)."""
+    """The inner products of several pairs of like trees, of small ones in one reduction: shape (len(pairs),).
+
+    XLA makes four kernels of each reduction on CPU, and these are half of what a short program takes to compile.
+    """
     dtype = accumulation_dtype(pairs[0][0])
+    if size(pairs[0][0]) > TOGETHER:
+        return jnp.stack([vdot(x, y) for x, y in pairs])
 
     def part(*leaves: Array) -> Array:
         flat = [leaf.ravel().astype(dtype) for leaf in leaves]
@@ -55,8 +64,22 @@ def norm(x: Tree) -> Scalar:
     return jnp.sqrt(vdot(x, x))
 
 
+def norms(*trees: Tree) -> Array:
+    """The 2-norms of several like trees, as `vdots` computes them: shape (len(trees),)."""
+    return jnp.sqrt(vdots(*[(x, x) for x in trees]))
+
+
+def norms_and_finite(x: Tree, *others: Tree) -> tuple[Array, Array]:
+    """The `norms` of all, and whether `x` is `all_finite`, of small trees in one reduction."""
+    if size(x) > TOGETHER:
+        return norms(x, *others), all_finite(x)
+    squares = [(y, y) for y in (x, *others)]
+    sums = vdots(*squares, (x, zeros_like(x)))  # 0 times infinity is NaN
+    return jnp.sqrt(sums[:-1]), sums[-1] == 0
+
+
 def max_abs(x: Tree) -> Scalar:
-    """The largest magnitude of any entry (NaN where there is a NaN)."""
+    """The largest magnitude of any entry. A NaN may go unseen: XLA's maximum on CPU passes over it in long arrays."""
     dtype = accumulation_dtype(x)
     parts = jax.tree.map(lambda a: jnp.max(jnp.abs(a)).astype(dtype), x)
     return jax.tree.reduce(jnp.maximum, parts)

@@ -61,8 +61,9 @@ def to_unit(b: Tree, x0: Tree) -> tuple[Tree, Tree, Scalar]:
     """`(b / unit, x0 / unit, unit)`: of unit size, so that no inner product underflows or overflows."""
     size = tree.max_abs(b)
     unit = jnp.where((size > 0) & jnp.isfinite(size), size, jnp.ones_like(size))
-    # A start so large against b that its residual's square might overflow is dropped.
-    usable = tree.max_abs(x0) < unit * jnp.finfo(unit.dtype).max ** 0.25
+    # A start that is no number, or so large against b that its residual's square might overflow, is dropped.
+    # By the norm, which sees a NaN as well.
+    usable = tree.norm(x0) < unit * jnp.finfo(unit.dtype).max ** 0.25
     start = tree.where(usable, tree.divide(x0, unit), tree.zeros_like(x0))
     return tree.divide(b, unit), start, unit
 
@@ -101,9 +102,9 @@ def finish(
     right-hand side lies in the null space of `A`, so that no number of steps would remove it (or where
     the method found the matrix to be `singular` on its own grounds).
     """
-    b_norm, residual = tree.norm(b), tree.norm(remainder)
-    eps = tree.epsilon(b)
-    floor = jnp.minimum(10 * eps * (largest * tree.norm(x) + b_norm), 0.1 * b_norm)
+    b_norm, eps = tree.norm(b), tree.epsilon(b)
+    (length, residual), x_finite = tree.norms_and_finite(x, remainder)
+    floor = jnp.minimum(10 * eps * (largest * length + b_norm), 0.1 * b_norm)
     missed = ~(residual <= jnp.maximum(target, floor))
 
     def name_the_miss(_: None) -> Array:
@@ -115,7 +116,7 @@ def finish(
     code = jax.lax.cond(
         missed & (code == Status.OK), name_the_miss, lambda _: jnp.asarray(code, jnp.int32), None
     )
-    finite = jnp.isfinite(residual) & tree.all_finite(x)
+    finite = jnp.isfinite(residual) & x_finite
     code = status.combine(code, status.where(~finite, Status.NONFINITE))
     relative = jnp.where(b_norm > 0, residual / jnp.where(b_norm > 0, b_norm, 1.0), residual)
     return LinearInfo(relative, jnp.asarray(num_steps, jnp.int32), code, curvature, largest)

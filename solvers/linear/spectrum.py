@@ -31,9 +31,10 @@ def ritz_values(matvec: MatVec, like: Tree, key: Array, num_steps: int = 12) -> 
         basis, v, scale = carry
         basis = basis.at[k].set(v)
         image = product(v)
-        alpha = jnp.vdot(v, image)
+        along = basis @ image
+        alpha = along[k]
         # Twice is enough to orthogonalise to machine precision.
-        image = image - basis.T @ (basis @ image)
+        image = image - basis.T @ along
         image = image - basis.T @ (basis @ image)
         beta = jnp.linalg.norm(image)
         scale = jnp.maximum(scale, jnp.abs(alpha) + beta)

@@ -8,6 +8,7 @@ import problems
 import pytest
 
 import bilevel as bl
+from bilevel import validation
 
 
 def problem_of(case, **kwargs):
@@ -327,3 +328,28 @@ def test_a_step_too_long_stays_inside_of_the_domain(transform, length, dtype):
     low, high = scale.domain
     assert low < there.lam < high
     assert sign * (back.lam - start) < 0  # on the other side of the target
+
+
+def test_no_program_is_compiled_beside_those_of_the_run(caplog):
+    """NumPy arrays, numbers and the default key would each cost a program."""
+    rng = np.random.default_rng(0)
+    X, y = rng.normal(size=(13, 7)), rng.normal(size=13)
+
+    def loss(w, lam, batch):
+        X, y = batch
+        return jnp.mean((X @ w - y) ** 2) + lam * jnp.sum(w**2)
+
+    with jax.log_compiles(), caplog.at_level("WARNING"):
+        problem = bl.Problem(loss, loss, (X, y), (X, y))
+        engine, solver = bl.Implicit(estimate=False, damping=1e-3), bl.Newton(tol=1e-7)
+        bl.run(problem, 0.3, np.zeros(7), num_steps=2, engine=engine, solver=solver)
+    said = [record.message for record in caplog.records]
+    names = [text.split()[4] for text in said if text.startswith("Finished XLA compilation of")]
+    assert "jit(steps)" in names
+    assert set(names) <= {"jit(steps)", "jit(_first_state)", "jit(<lambda>)"}
+
+
+def test_the_default_key_is_that_of_seed_0():
+    expected = jax.random.key(0)
+    assert validation.key(None) == expected and validation.key(None).dtype == expected.dtype
+    assert validation.key(jax.random.key(5)) == jax.random.key(5)
