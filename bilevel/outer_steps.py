@@ -17,6 +17,7 @@ from bilevel.footprint import fitted
 from bilevel.outer.base import Evaluation, OuterMethod, at_accuracy
 from bilevel.problem import Problem, Shuffled
 from bilevel.result import Best, History, RunState, packed, record
+from bilevel.rows_last import rows_last
 from hypergrad import AbstractEngine, Hypergradient
 from solvers import Status, tree
 from solvers.optax_solver import optax_init, optax_update
@@ -65,6 +66,8 @@ def steps(
     size: int,
 ) -> tuple[RunState, Rows, Array, Last]:
     """`length <= size` outer steps (fewer where one fails), their history, how many were taken, and the last one."""
+    if in_order(engine) and isinstance(problem, Problem):
+        problem = rows_last(problem)
 
     def engine_at(state: RunState):
         step_key = jax.random.fold_in(key, state.step)
@@ -174,11 +177,16 @@ def compiles_quick(engine: AbstractEngine, problem: Any, state: RunState) -> boo
     return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves) <= SMALL
 
 
+def in_order(engine: AbstractEngine) -> bool:
+    """Whether steps are so short, those of engines that solve nothing, that single operations count (on CPU)."""
+    return not engine.uses_solver and known(IN_ORDER)
+
+
 def program(
     engine: AbstractEngine, problem: Any, state: RunState
 ) -> Callable[..., tuple[RunState, Rows, Array, Last]]:
-    """`steps`, compiled as suits it: short steps, those of engines that solve nothing, go in order."""
-    if not engine.uses_solver and known(IN_ORDER):
+    """`steps`, compiled as suits it."""
+    if in_order(engine):
         return _take_in_order
     return _take_quick if compiles_quick(engine, problem, state) else take_steps
 
