@@ -1,7 +1,8 @@
 """Label cleaning with single-loop methods: seconds and outer steps until the test loss is low, on two data sets.
 
 "digits" are the rows of `w2.py`; "images" are 5000 training rows of 784 features, ReLUs of random combinations of
-jittered digits, 1000 trusted, 1000 test (the grid of steps and rates is made for the digits). Threshold: nine tenths of
+jittered digits, 1000 trusted, 1000 test (the grid of steps and rates is made for the digits: on the images neither
+side's SABA gets there within the limit). Threshold: nine tenths of
 the way from the test loss of the inner solution at lam = 0 to that with the true weights. "own" is when the method's
 own `w` is below it, "solved" when besides the inner solution at its weights is: a `w` that has seen trusted rows may be
 early. Step sizes and rates are each method's best of one grid, for either; then all are timed in turn. Beside them
