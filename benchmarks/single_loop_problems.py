@@ -37,6 +37,26 @@ def p1(engine, rate, steps: int, target=optimum, batch=None, **kwargs) -> Callab
     return error
 
 
+def noiseless_soba(step: float, rate: float, steps: int) -> float:
+    """The error of `p1` that SOBA's iteration has with all rows, by powers of its matrix: no run."""
+    case = problems.make("quadratic", 0, n=64)
+    A, B, _, D, t, rho = case.means
+    n, m = B.shape
+    lam = optimum(case)
+    w = case.solution(lam)
+    v = np.linalg.solve(A, D @ (w - t))
+    slopes = np.block([
+        [A, np.zeros((n, n)), -B],
+        [-D, A, np.zeros((n, m))],
+        [np.zeros((m, n)), B.T, rho * np.eye(m)],
+    ])  # fmt: skip
+    sizes = np.repeat([step, step, rate], [n, n, m])
+    once = np.eye(2 * n + m) - sizes[:, None] * slopes
+    away = np.concatenate([case.w - w, -v, case.lam - lam])
+    left = np.linalg.matrix_power(once, steps) @ away
+    return float(np.linalg.norm(left[2 * n :]) / np.linalg.norm(lam))
+
+
 def run(problem, lam, w, engine, rate, steps, **kwargs) -> bl.Result:
     kwargs = {"chunk": 5000, "progress": False, "throw": False} | kwargs
     return bl.run(problem, lam, w, engine=engine, outer=optax.sgd(rate), num_steps=steps, **kwargs)

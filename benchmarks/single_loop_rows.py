@@ -2,7 +2,8 @@
 
 P1 is the finite sum of quadratics of `tests/problems` (64 rows, seed 0; outer dimension 4, inner 6), the others are
 in the rows below. An error is a distance from the closed form, relative for P1. A row holds where the error is at
-most `max(10 x figure, 1e-12)`. Settings are the figure's; what it does not give stands in the row.
+most `max(10 x figure, 1e-12)` (twice a figure that is in closed form). Settings are the figure's; what it does not
+give stands in the row.
 
     python benchmarks/single_loop_rows.py [--only NAME ...] [--out benchmarks/results/single_loop_rows_cpu.json]
 """
@@ -21,6 +22,7 @@ from single_loop_problems import (
     growing,
     implicit_few,
     meha_growing,
+    noiseless_soba,
     noisy_f2sa,
     order,
     p1,
@@ -47,6 +49,7 @@ class Row(NamedTuple):
     figure: float
     error: Callable[[], float]
     note: str = ""
+    within: float = 10.0
 
 
 ROWS: dict[str, Row] = {
@@ -54,12 +57,18 @@ ROWS: dict[str, Row] = {
     "SABA, batches of 1": Row(".1/.03, 5000", 4e-15, p1(bl.SABA(0.1), 0.03, 5000, batch=1)),
     "SRBA, batches of 4": Row(
         ".2/.06, q=16, 500",
-        1e-7,
+        noiseless_soba(0.2, 0.06, 500),
         p1(bl.SRBA(0.2), 0.06, 500, batch=4),
-        "on this draw the same steps without noise contract by .97472: 2.8e-6 after 500",
+        "what these steps leave without noise, in closed form (they contract by .97472); a prototype's figure was "
+        "1e-7, on another draw",
+        within=2,
     ),
-    "SRBA, batches of 4, longer": Row(
-        ".2/.06, q=16, 700", 1e-7, p1(bl.SRBA(0.2), 0.06, 700, batch=4), "where they reach 2e-8"
+    "SRBA, batches of 4, to 1e-7": Row(
+        ".2/.06, q=16, 582",
+        noiseless_soba(0.2, 0.06, 582),
+        p1(bl.SRBA(0.2), 0.06, 582, batch=4),
+        "582 is where the same is first below 1e-7",
+        within=2,
     ),
     "SOBA, batches of 4": Row(
         ".5/.2 k^-.5, 2e4",
@@ -252,7 +261,7 @@ def main() -> None:
             continue
         start = time.perf_counter()
         error = row.error()
-        held = bool(error <= max(10 * row.figure, 1e-12))
+        held = bool(error <= max(row.within * row.figure, 1e-12))
         seconds = time.perf_counter() - start
         verdict = "holds" if held else "MISSED"
         print(
