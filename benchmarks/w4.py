@@ -6,9 +6,12 @@ unknowns and penalties over e^8. float32. `lane-steps` is steps of all lanes ove
 that `Tasks(lanes="auto")` takes for the same inner problems, by its own measurement.
 
     python benchmarks/w4.py [--repeats 5] [--cases w5,...] [--out benchmarks/results/w4_cpu.json]
+
+With `--cases` the others that are in the file stay there, with the machine that they were measured on.
 """
 
 import argparse
+import json
 from pathlib import Path
 
 import equinox as eqx
@@ -64,9 +67,12 @@ CASES = {
     "logistic-gd-16": (logistic, 16, DESCENT, SIX_ORDERS, 1.0),
     "logistic-gd-64": (logistic, 64, DESCENT, SIX_ORDERS, 1.0),
     "logistic-gd-1024": (logistic, 1024, DESCENT, SIX_ORDERS, 1.0),
+    "ridge-gd-16": (ridge, 16, DESCENT, SIX_ORDERS, 1.0),
     "ridge-gd-64": (ridge, 64, DESCENT, SIX_ORDERS, 1.0),
+    "ridge-gd-1024": (ridge, 1024, DESCENT, SIX_ORDERS, 1.0),
     "logistic-lbfgs-16": (logistic, 16, LBFGS, SIX_ORDERS, 1.0),
     "logistic-lbfgs-64": (logistic, 64, LBFGS, SIX_ORDERS, 1.0),
+    "logistic-lbfgs-1024": (logistic, 1024, LBFGS, SIX_ORDERS, 1.0),
     "ridge-lbfgs-16": (ridge, 16, LBFGS, SIX_ORDERS, 1.0),
     "ridge-lbfgs-64": (ridge, 64, LBFGS, SIX_ORDERS, 1.0),
     "ridge-lbfgs-1024": (ridge, 1024, LBFGS, SIX_ORDERS, 1.0),
@@ -158,7 +164,21 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=default)
     args = parser.parse_args()
     names = args.cases.split(",")
-    harness.write(args.out, {"cases": {name: measure(name, args.repeats) for name in names}})
+    if unknown := set(names) - set(CASES):
+        parser.error(f"no case {', '.join(sorted(unknown))}; expected some of {', '.join(CASES)}")
+    cases = {} if set(names) == set(CASES) else measured_before(args.out)
+    for name in names:
+        cases[name] = measure(name, args.repeats)
+        harness.write(args.out, {"cases": {name: cases[name] for name in CASES if name in cases}})
+
+
+def measured_before(path: Path) -> dict:
+    """The cases in that file, each with the machine and the versions that it was measured with."""
+    if not path.exists():
+        return {}
+    record = json.loads(path.read_text())
+    origin = {key: record[key] for key in ("machine", "versions")}
+    return {name: origin | case for name, case in record["cases"].items()}
 
 
 if __name__ == "__main__":

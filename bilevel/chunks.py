@@ -4,7 +4,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from bilevel.checkpoint import Saved, Store
+from bilevel.checkpoint import Store
+from bilevel.checkpoint_file import Saved
 from bilevel.log import Log
 from bilevel.processes import Team
 from bilevel.progress import Progress

@@ -14,7 +14,8 @@ from jax.sharding import Mesh
 from bilevel import fingerprint, lane_choice, outer_steps, processes, sharding, validation
 from bilevel import profile as profiling
 from bilevel import retries as retrying
-from bilevel.checkpoint import Saved, check_state, opened
+from bilevel.checkpoint import opened
+from bilevel.checkpoint_file import Saved, check_state
 from bilevel.chunks import Chunks
 from bilevel.live import Seen, task_statuses
 from bilevel.log import Log
@@ -98,9 +99,10 @@ def run(
       log: file that gets the history while the run goes on, a line of JSON for each step; with `resume`,
         the lines that are there are gone on with, and no step comes twice.
       state: `result.state` of an earlier run to go on from; `lam` and `w` then only give the shapes.
-      checkpoint: directory that gets the whole state and history after chunks (the last few are kept, and a
-        save is put off where it would take more than a twentieth of the time). SIGTERM then ends the
-        run after the chunk, saved, with `stopped="terminated"`.
+      checkpoint: directory that gets the whole state and history after chunks, written by a thread while the next
+        ones run (the last few are kept, and a save is put off while one is under way, or where it would take more
+        than a twentieth of the time). One that fails (a full disk) is a warning after a later chunk. SIGTERM then
+        ends the run after the chunk, saved, with `stopped="terminated"`.
       resume: go on from the newest readable checkpoint, to `num_steps` in all, with the bits of a run
         without a break; begin where there is none. Settings may have new numbers; the data and the key
         may not. What computes something else than before (a loss, prox, projection, transform), and other batch

@@ -13,7 +13,8 @@ import optax
 from jax import Array
 
 from bilevel import fingerprint, outer_steps, processes, validation
-from bilevel.checkpoint import Saved, opened
+from bilevel.checkpoint import opened
+from bilevel.checkpoint_file import Saved
 from bilevel.chunks import Chunks
 from bilevel.compiler_options import QUICK
 from bilevel.compiler_options import jit as jit_with

@@ -40,7 +40,14 @@ def solve_many(
     the next problem loaded in its place, so that every step of every lane is of use until the problems
     run out. No lane is ever masked. When at most `tail` are still at work, these end one by one.
 
-    The numbers are those of solving one by one, to the rounding of a batched product.
+    The numbers are those of solving one by one, to the rounding of a batched product: of a step, that is. Some solvers
+    keep it small (gradient descent, float32: the same step counts, solutions within 2e-6), L-BFGS lets it grow: other
+    last digits bend its path, to another point that meets the tolerance, and two of these are up to `2 tol / mu` apart
+    where the curvature is at least `mu`. In float32, 256 ridge or logistic problems with penalties over six orders of
+    magnitude (`benchmarks/w4.py`, tol 1e-4, 2 CPU cores): up to 64 unknowns, 2 to 16 lanes gave the bits of one, 32
+    changed up to 5 step counts and solutions by up to 3.5e-3, and 256, which is `vmap`, up to 157 step counts and
+    solutions by up to 0.4; with 1024 unknowns no step count changed, and from 4 lanes on solutions by up to 2.3e-4. All
+    met the tolerance.
 
     Args:
       w, batches: trees whose leaves have the N problems as first axis.

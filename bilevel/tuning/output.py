@@ -5,6 +5,7 @@ import json
 import math
 import os
 import platform
+import secrets
 import tempfile
 from collections.abc import Callable, Mapping
 from importlib import metadata
@@ -101,15 +102,14 @@ class OutDir:
 
 def put(final: Path, write: Callable[[Any], object], force: bool) -> None:
     """A whole file or none; without `force`, FileExistsError where there is one of that name."""
-    handle, temporary = tempfile.mkstemp(dir=final.parent, prefix=".bilevel-")
+    # Not `tempfile`, whose files nobody else may read: to ask for the umask is to set it, for all threads.
+    temporary = final.parent / f".bilevel-{secrets.token_hex(8)}"
+    file = temporary.open("xb")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
         if force:
             os.replace(temporary, final)
         else:
@@ -118,8 +118,7 @@ def put(final: Path, write: Callable[[Any], object], force: bool) -> None:
             _link(temporary, final)
         _sync(final.parent)
     finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
+        temporary.unlink(missing_ok=True)
 
 
 def _sync(directory: Path) -> None:
@@ -132,7 +131,7 @@ def _sync(directory: Path) -> None:
             os.close(handle)
 
 
-def _link(temporary: str, final: Path) -> None:
+def _link(temporary: Path, final: Path) -> None:
     try:
         os.link(temporary, final)
     except FileExistsError:

@@ -1,11 +1,14 @@
 """Checkpoints: the bits of a run without a break, whatever breaks it; and nothing lost, whatever else fails."""
 
+import contextlib
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -16,7 +19,7 @@ import optax
 import pytest
 
 import bilevel as bl
-from bilevel import checkpoint, fingerprint, lane_choice, transforms
+from bilevel import checkpoint, checkpoint_file, fingerprint, lane_choice, transforms
 
 STEPS = 24
 X = np.random.default_rng(0).standard_normal((2, 12, 3))
@@ -112,9 +115,9 @@ def test_signals_save_and_end_with_what_can_be_resumed(tmp_path, whole):
     assert stopped.stopped == "outer_tol"
 
 
-def test_damaged_files_fall_back_to_the_last_good_one(tmp_path, whole, monkeypatch):
-    monkeypatch.setattr(checkpoint.Store, "slack", 0)
-    run(tmp_path, num_steps=STEPS)
+def test_damaged_files_fall_back_to_the_last_good_one(tmp_path, whole):
+    for num_steps in (STEPS - 4, STEPS - 2, STEPS):  # the last state of each is on disk
+        run(tmp_path, num_steps=num_steps, resume=True)
     paths = sorted(tmp_path.glob("step-*"))
     assert len(paths) == checkpoint.KEEP and paths[-1].name == f"step-{STEPS:012d}.npz"
     paths[-1].write_bytes(paths[-1].read_bytes()[:-100])
@@ -251,6 +254,103 @@ def test_a_disk_that_fails_costs_no_result(tmp_path, whole):
     same(run(directory, resume=True), whole)
 
 
+class Disk:
+    """Writes wait until it is let go, and then `error`, where there is one, is raised. Of use for one run."""
+
+    def __init__(self, monkeypatch, error=None) -> None:
+        self.began, self.released = threading.Event(), threading.Event()
+        self.writes: list[str] = []
+        self.ended, self.error, self.put = 0, error, checkpoint_file.put
+        monkeypatch.setattr(checkpoint_file, "put", self)
+
+    def __call__(self, final, write, force) -> None:
+        assert self.ended == len(self.writes)  # one at a time
+        self.writes.append(final.stem)
+        self.began.set()
+        try:
+            assert self.released.wait(20)
+            if self.error is not None:
+                raise self.error
+            time.sleep(0.05)  # for one that is not waited for
+            self.put(final, write, force)
+        finally:
+            self.ended += 1
+
+
+def test_a_slow_disk_does_not_hold_up_the_next_chunk(tmp_path, whole, monkeypatch):
+    """What comes while it writes is left to the last; nothing that a run returns is still to be written."""
+    disk, steps = Disk(monkeypatch), []
+
+    def callback(state, rows):
+        steps.append(int(state.step))
+        assert disk.began.wait(20)
+        if steps[-1] == STEPS - 2:
+            assert not files(tmp_path)
+            disk.released.set()
+
+    same(run(tmp_path, callback=callback), whole)
+    assert steps == [*range(2, STEPS + 1, 2)]
+    assert disk.writes == ["step-000000000002", f"step-{STEPS:012d}"]
+    assert files(tmp_path) == [f"{name}.npz" for name in disk.writes]
+
+
+@pytest.mark.parametrize("end", ["error", "interrupt", "sigterm"])
+def test_however_a_run_ends_the_disk_is_waited_for(tmp_path, whole, monkeypatch, end):
+    disk = Disk(monkeypatch)
+
+    def callback(state, rows):
+        assert disk.began.wait(20)
+        if int(state.step) == 6:
+            disk.released.set()
+            if end == "sigterm":
+                os.kill(os.getpid(), signal.SIGTERM)
+            else:
+                raise {"error": ZeroDivisionError, "interrupt": KeyboardInterrupt}[end]
+
+    with pytest.raises(ZeroDivisionError) if end == "error" else contextlib.nullcontext():
+        run(tmp_path, callback=callback)
+    assert disk.writes == ["step-000000000002", "step-000000000006"] and disk.ended == 2
+    assert files(tmp_path) == [f"{name}.npz" for name in disk.writes]
+    assert not list(tmp_path.glob(".bilevel-*"))
+    same(run(tmp_path, resume=True), whole)
+
+
+def test_a_save_that_failed_is_told_after_the_next_chunk(tmp_path, whole, monkeypatch):
+    """A full disk is a warning; what is no matter of the disk ends the run. Both are tried again at the end."""
+    monkeypatch.setattr(checkpoint.Store, "slack", 0)
+    run(tmp_path, num_steps=4)
+    before, steps = files(tmp_path), []
+
+    def wait(disk):
+        def callback(state, rows):
+            steps.append(int(state.step))
+            assert disk.began.wait(20)
+            disk.released.set()
+            deadline = time.monotonic() + 20
+            while disk.ended < len(disk.writes) and time.monotonic() < deadline:
+                time.sleep(0.001)
+            time.sleep(0.05)  # until the thread has handed its error over
+            if steps[-1] == 10:
+                raise KeyboardInterrupt
+
+        return callback
+
+    with monkeypatch.context() as patch:
+        disk = Disk(patch, OSError(28, "No space left on device"))
+        match = rf"could not save step .*No space left.* the last checkpoint is {before[-1]}"
+        with pytest.warns(RuntimeWarning, match=match) as told:
+            found = run(tmp_path, resume=True, callback=wait(disk))
+    numbers = [int(re.findall(r"save step (\d+)", str(one.message))[0]) for one in told]
+    assert numbers == [6, 8, 10, 10]
+    assert found.stopped == "interrupted" and len(found.history.status) == 10
+    assert disk.writes[-1] == "step-000000000010" and files(tmp_path) == before
+    steps.clear()
+    with monkeypatch.context() as patch, pytest.raises(LookupError, match="of the writer"):
+        run(tmp_path, resume=True, callback=wait(Disk(patch, LookupError("of the writer"))))
+    assert steps == [6] and files(tmp_path) == before  # step 8 was done, and not gone on from
+    same(run(tmp_path, resume=True), whole)
+
+
 def task_loss(w, lam, task):
     return jnp.sum((w - lam * task) ** 2)
 
@@ -279,7 +379,7 @@ def test_every_kind_of_leaf_comes_back(tmp_path, whole):
     state = whole.state._replace(engine=odd)
     with checkpoint.opened(tmp_path, False) as store:
         assert store.load(state, whole.history) is None
-        store.save(checkpoint.Saved(state, (whole.history, whole.history), 3, 4))
+        store.save(checkpoint_file.Saved(state, (whole.history, whole.history), 3, 4))
         store.finish()
         found = store.load(jax.eval_shape(lambda: state), whole.history)
     assert jax.tree.structure(found.state) == jax.tree.structure(state)
