@@ -49,13 +49,27 @@ def seconds(name: str, value: Any) -> Any:
 
 
 def tolerance(name: str, value: Any) -> Any:
-    """A number of at least 0."""
+    """A finite number of at least 0."""
     number = isinstance(value, int | float | np.number) or (
         isinstance(value, np.ndarray | jax.Array) and value.shape == () and value.dtype != bool
     )
-    if number and not isinstance(value, bool) and value >= 0:
+    if number and not isinstance(value, bool) and 0 <= value < np.inf:
         return value
-    raise ValueError(f"{name} must be a number of at least 0, got {value!r}.")
+    raise ValueError(f"{name} must be a finite number of at least 0, got {value!r}.")
+
+
+def flag(name: str, value: Any) -> None:
+    """Raises TypeError for what is neither True nor False: a word would be taken for True."""
+    if not isinstance(value, bool | np.bool_):
+        raise TypeError(f"{name} must be True or False, got {value!r}.")
+
+
+def progress(value: Any, *words: str) -> None:
+    """Raises ValueError for what is neither True, False, None nor one of these words."""
+    if value is None or isinstance(value, bool | np.bool_) or value in words:
+        return
+    *names, last = "True", "False", "None", *map(repr, words)
+    raise ValueError(f"progress must be {', '.join(names)} or {last}, got {value!r}.")
 
 
 def function(name: str, value: Any) -> None:

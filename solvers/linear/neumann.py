@@ -30,8 +30,8 @@ class Neumann(AbstractLinearSolver):
     """
 
     max_steps: int = static(100, low=1)
-    rtol: Number = number(0.0, low=0.0)
-    atol: Number = number(0.0, low=0.0)
+    rtol: Number = number(0.0, low=0.0, infinite=False)
+    atol: Number = number(0.0, low=0.0, infinite=False)
     step: Number | str = number("auto", low=0.0, strict=True)
 
     def __check_init__(self) -> None:

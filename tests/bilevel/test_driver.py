@@ -232,15 +232,33 @@ def test_functions_of_a_problem_give_what_is_like_their_variable(part, engine, m
         bl.run(bl.Problem(fit, fit, **part), jnp.ones(2), jnp.ones(3), engine=engine)
 
 
-@pytest.mark.parametrize("outer_tol", [-1.0, float("nan"), "small", True, [1.0, 2.0]])
+@pytest.mark.parametrize("outer_tol", [-1.0, float("nan"), float("inf"), "small", True, [1.0, 2.0]])
 def test_bad_settings_of_a_run_are_refused_before_it(outer_tol):
     never = lambda w, lam, batch: pytest.fail("traced")
-    with pytest.raises(ValueError, match="outer_tol must be a number of at least 0"):
+    with pytest.raises(ValueError, match="outer_tol must be a finite number of at least 0"):
         bl.run(bl.Problem(never, never), 1.0, 1.0, outer_tol=outer_tol)
     with pytest.raises(ValueError, match="time_limit must be a positive number of seconds"):
         bl.run(bl.Problem(never, never), 1.0, 1.0, time_limit=True)
     with pytest.raises(TypeError, match="callback must be a function or None"):
         bl.run(bl.Problem(never, never), 1.0, 1.0, callback=1)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "error", "calls"),
+    [
+        ("throw", "no", TypeError, (bl.hypergradient, bl.run, bl.run_population, bl.replay)),
+        ("throw", 0, TypeError, (bl.hypergradient,)),
+        ("resume", "yes", TypeError, (bl.run, bl.run_population)),
+        ("progress", "loud", ValueError, (bl.run, bl.run_population)),
+        ("progress", 1, ValueError, (bl.run,)),
+        ("progress", "panel", ValueError, (bl.run_population,)),
+    ],
+)
+def test_words_are_no_flags(name, value, error, calls):
+    never = lambda w, lam, batch: pytest.fail("traced")
+    for call in calls:
+        with pytest.raises(error, match=f"{name} must be True"):
+            call(bl.Problem(never, never), jnp.ones(2), 1.0, **{name: value})
 
 
 def test_the_state_of_another_run_is_refused():

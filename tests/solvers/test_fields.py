@@ -55,6 +55,10 @@ from solvers.static_function import StaticFunction
         (NystromPreconditioner, "rank", 0),
         (Jacobi, "num_probes", 0),
         (LBFGS, "memory", 0),
+        # Any point would be a solution.
+        (LBFGS, "tol", float("inf")),
+        (CG, "rtol", float("inf")),
+        (GMRES, "atol", float("inf")),
     ],
 )
 def test_values_out_of_bounds_are_refused_by_name(cls, field, value):
