@@ -303,7 +303,7 @@ def losses(problem: Any, w: Any, lam: Any) -> None:
         outer_batch = eqx.filter_eval_shape(lambda p, k: p.outer_batch(k), problem, key)
     for name, batch in (("inner", inner_batch), ("outer", outer_batch)):
         leaves, treedef = jax.tree.flatten((w, lam, batch))
-        shapes = tuple((leaf.shape, str(leaf.dtype)) for leaf in leaves)
+        shapes = tuple((leaf.shape, leaf.dtype) for leaf in leaves)
         _check_loss(getattr(problem, name), name, treedef, shapes, hint)
     step = jax.ShapeDtypeStruct((), accumulation_dtype(w))
     for name, takes, given in (
@@ -315,7 +315,7 @@ def losses(problem: Any, w: Any, lam: Any) -> None:
         function = getattr(problem, name, None)
         if function is not None:
             leaves, treedef = jax.tree.flatten(given)
-            shapes = tuple((leaf.shape, str(leaf.dtype)) for leaf in leaves)
+            shapes = tuple((leaf.shape, leaf.dtype) for leaf in leaves)
             _check_like(function, name, takes, treedef, shapes)
     joint = getattr(problem, "joint_projection", None)
     if joint is not None:
@@ -340,7 +340,7 @@ def _batch(data: Any, size: int | None) -> Any:
 
 @functools.lru_cache(maxsize=256)
 def _check_loss(loss: Any, name: str, treedef: Any, shapes: tuple[Any, ...], hint: str) -> None:
-    structs = [jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)) for shape, dtype in shapes]
+    structs = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in shapes]
     w, lam, batch = jax.tree.unflatten(treedef, structs)
     try:
         inspect.signature(loss).bind(w, lam, batch)
@@ -367,7 +367,7 @@ def _check_like(
     function: Any, name: str, takes: str, treedef: Any, shapes: tuple[Any, ...]
 ) -> None:
     """Raises ValueError unless `function(*given)` is like `expected`, of the tree `(expected, *given)`."""
-    structs = [jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)) for shape, dtype in shapes]
+    structs = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in shapes]
     expected, *given = jax.tree.unflatten(treedef, structs)
     kind = "lam" if name == "outer_projection" else "w"
     must = f"{name} must take {takes} and return what is like {kind}, {_describe(expected)}"

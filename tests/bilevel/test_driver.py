@@ -261,6 +261,19 @@ def test_words_are_no_flags(name, value, error, calls):
             call(bl.Problem(never, never), jnp.ones(2), 1.0, **{name: value})
 
 
+def test_random_keys_among_the_data(tmp_path):
+    noise = lambda key: jax.random.normal(key, (2,))
+    inner = lambda w, lam, key: 0.5 * jnp.sum((w - lam) ** 2) + w @ noise(key)
+    outer = lambda w, lam, batch: 0.5 * jnp.sum(w**2)
+    key, lam = jax.random.key(3), jnp.ones(2)
+    problem = bl.Problem(inner, outer, key)
+    h = bl.hypergradient(problem, lam, jnp.zeros(2))
+    np.testing.assert_allclose(h.grad, lam - noise(key), rtol=1e-6)
+    to = {"outer": optax.sgd(0.5), "num_steps": 2, "checkpoint": tmp_path, "resume": True}
+    result = bl.run(problem, lam, jnp.zeros(2), **to)
+    np.testing.assert_allclose(result.lam - noise(key), h.grad / 4, rtol=1e-6)
+
+
 def test_the_state_of_another_run_is_refused():
     run = lambda **kw: bl.run(bl.Problem(fit, fit), **(GOOD | {"num_steps": 0} | kw))
     state = run().state
