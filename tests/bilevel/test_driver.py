@@ -208,6 +208,8 @@ def test_bad_calls_are_refused(change, error, match):
         (lambda: bl.LBFGS(max_steps=0), ValueError, r"LBFGS\(max_steps=...\)"),
         (lambda: bl.CG(rtol=float("nan")), ValueError, "NaN"),
         (lambda: bl.OptaxSolver(1), TypeError, "optax"),
+        (lambda: bl.schedules.power(1.0, 0.5, offset=0.0), ValueError, "offset must be a positive"),
+        (lambda: bl.schedules.geometric(1.0, -0.5), ValueError, "ratio must be a positive"),
     ],
 )
 def test_bad_settings_are_refused(make, error, match):
