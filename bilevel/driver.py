@@ -129,8 +129,9 @@ def run(
     time_limit = validation.seconds("time_limit", time_limit)
     outer_tol = validation.tolerance("outer_tol", outer_tol)
     validation.function("callback", callback)
-    if isinstance(progress, str) and progress != PANEL:
-        raise ValueError(f"progress must be True, False, None or {PANEL!r}, got {progress!r}.")
+    validation.progress(progress, PANEL)
+    validation.flag("resume", resume)
+    validation.flag("throw", throw)
     key = validation.key(key)
     pool = pooled(problem, w, key, chunk)
     stream = streamed(problem, key, chunk, mesh)

@@ -55,6 +55,7 @@ def hypergradient(
       TypeError, ValueError: bad input, before any compute.
       BilevelError: with `throw`, a status other than OK; its `outcome` is the hypergradient.
     """
+    validation.flag("throw", throw)
     chosen, *args = _checked(problem, lam, w, solver, engine, key, mesh)
     traced = validation.is_traced(chosen, *args)
     if throw and traced:

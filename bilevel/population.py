@@ -111,6 +111,9 @@ def run_population(
     halvings = validation.count("halvings", halvings, 0)
     time_limit = validation.seconds("time_limit", time_limit)
     validation.function("callback", callback)
+    validation.progress(progress)
+    validation.flag("resume", resume)
+    validation.flag("throw", throw)
     if 2**halvings > min(count, num_steps):
         raise ValueError(
             f"halvings={halvings} asks for {2**halvings} members and steps or more, got {count} members and "

@@ -343,6 +343,14 @@ def _constants(value: Any) -> Any:
     if value is None or isinstance(value, _Function):
         return value
     if isinstance(value, Constants):
+        for name, number in value._asdict().items():
+            if number is None or isinstance(number, Tracer):
+                continue
+            known = np.asarray(number, float)
+            if known.shape != () or not known >= 0:
+                raise ValueError(
+                    f"Constants({name}=...) must be a number of at least 0, got {number!r}."
+                )
         return jax.tree.map(lambda number: jnp.asarray(number, float), value)
     if callable(value):
         return _Function(value)

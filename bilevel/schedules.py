@@ -4,6 +4,7 @@ Any number of an engine, an inner solver or a linear solver may be a function of
 optax schedule, or one of these. `bl.F2SA(nu=bl.schedules.power(0.1, 0.5))`.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -14,7 +15,9 @@ from bilevel.validation import count
 
 
 def power(start: float, exponent: float, offset: float = 1.0) -> Callable[[Array], Array]:
-    """`start * ((step + offset) / offset) ** -exponent`."""
+    """`start * ((step + offset) / offset) ** -exponent`. Raises ValueError unless `offset` is positive."""
+    if not 0 < offset < math.inf:
+        raise ValueError(f"offset must be a positive number, got {offset!r}.")
 
     def schedule(step: Array) -> Array:
         return start * ((step.astype(float) + offset) / offset) ** -exponent
@@ -23,7 +26,9 @@ def power(start: float, exponent: float, offset: float = 1.0) -> Callable[[Array
 
 
 def geometric(start: float, ratio: float, low: float = 0.0) -> Callable[[Array], Array]:
-    """`max(start * ratio ** step, low)`."""
+    """`max(start * ratio ** step, low)`. Raises ValueError unless `ratio` is positive."""
+    if not 0 < ratio < math.inf:
+        raise ValueError(f"ratio must be a positive number, got {ratio!r}.")
 
     def schedule(step: Array) -> Array:
         return jnp.maximum(start * ratio ** step.astype(float), low)

@@ -73,6 +73,7 @@ def replay(
             raise ValueError(f"{name} must be at least {low}, got {value}.")
     if not max_growth > 0:
         raise ValueError(f"max_growth must be positive, got {max_growth!r}.")
+    validation.flag("throw", throw)
     if isinstance(problem, Tasks):
         raise TypeError("replay takes a bilevel.Problem, not Tasks.")
     solver = validation.solver(solver, Unrolled(), validation.problem(problem))

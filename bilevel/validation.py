@@ -49,13 +49,27 @@ def seconds(name: str, value: Any) -> Any:
 
 
 def tolerance(name: str, value: Any) -> Any:
-    """A number of at least 0."""
+    """A finite number of at least 0."""
     number = isinstance(value, int | float | np.number) or (
         isinstance(value, np.ndarray | jax.Array) and value.shape == () and value.dtype != bool
     )
-    if number and not isinstance(value, bool) and value >= 0:
+    if number and not isinstance(value, bool) and 0 <= value < np.inf:
         return value
-    raise ValueError(f"{name} must be a number of at least 0, got {value!r}.")
+    raise ValueError(f"{name} must be a finite number of at least 0, got {value!r}.")
+
+
+def flag(name: str, value: Any) -> None:
+    """Raises TypeError for what is neither True nor False: a word would be taken for True."""
+    if not isinstance(value, bool | np.bool_):
+        raise TypeError(f"{name} must be True or False, got {value!r}.")
+
+
+def progress(value: Any, *words: str) -> None:
+    """Raises ValueError for what is neither True, False, None nor one of these words."""
+    if value is None or isinstance(value, bool | np.bool_) or value in words:
+        return
+    *names, last = "True", "False", "None", *map(repr, words)
+    raise ValueError(f"progress must be {', '.join(names)} or {last}, got {value!r}.")
 
 
 def function(name: str, value: Any) -> None:
@@ -298,7 +312,7 @@ def losses(problem: Any, w: Any, lam: Any) -> None:
         outer_batch = eqx.filter_eval_shape(lambda p, k: p.outer_batch(k), problem, key)
     for name, batch in (("inner", inner_batch), ("outer", outer_batch)):
         leaves, treedef = jax.tree.flatten((w, lam, batch))
-        shapes = tuple((leaf.shape, str(leaf.dtype)) for leaf in leaves)
+        shapes = tuple((leaf.shape, leaf.dtype) for leaf in leaves)
         _check_loss(getattr(problem, name), name, treedef, shapes, hint)
     step = jax.ShapeDtypeStruct((), accumulation_dtype(w))
     for name, takes, given in (
@@ -310,7 +324,7 @@ def losses(problem: Any, w: Any, lam: Any) -> None:
         function = getattr(problem, name, None)
         if function is not None:
             leaves, treedef = jax.tree.flatten(given)
-            shapes = tuple((leaf.shape, str(leaf.dtype)) for leaf in leaves)
+            shapes = tuple((leaf.shape, leaf.dtype) for leaf in leaves)
             _check_like(function, name, takes, treedef, shapes)
     joint = getattr(problem, "joint_projection", None)
     if joint is not None:
@@ -335,7 +349,7 @@ def _batch(data: Any, size: int | None) -> Any:
 
 @functools.lru_cache(maxsize=256)
 def _check_loss(loss: Any, name: str, treedef: Any, shapes: tuple[Any, ...], hint: str) -> None:
-    structs = [jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)) for shape, dtype in shapes]
+    structs = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in shapes]
     w, lam, batch = jax.tree.unflatten(treedef, structs)
     try:
         inspect.signature(loss).bind(w, lam, batch)
@@ -362,7 +376,7 @@ def _check_like(
     function: Any, name: str, takes: str, treedef: Any, shapes: tuple[Any, ...]
 ) -> None:
     """Raises ValueError unless `function(*given)` is like `expected`, of the tree `(expected, *given)`."""
-    structs = [jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)) for shape, dtype in shapes]
+    structs = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in shapes]
     expected, *given = jax.tree.unflatten(treedef, structs)
     kind = "lam" if name == "outer_projection" else "w"
     must = f"{name} must take {takes} and return what is like {kind}, {_describe(expected)}"

@@ -80,7 +80,9 @@ def error_bound(
     error += tree.norm(tree.sub(hypergradient.grad, own)).astype(dtype)
     size = tree.norm(hypergradient.grad)
     bound = error / jnp.maximum(size, jnp.finfo(size.dtype).tiny ** 0.5)
-    return jnp.where(mu > 0, bound, jnp.inf)
+    smallest = jnp.min(jnp.stack([L_H, L_C, L_F, L_lamF, jnp.asarray(norm, dtype)]))
+    # Below zero nothing is an upper bound.
+    return jnp.where((mu > 0) & ~(smallest < 0), bound, jnp.inf)
 
 
 def implied(

@@ -39,15 +39,16 @@ def number(
     low: float | None = None,
     strict: bool = False,
     high: float | None = None,
+    infinite: bool = True,
     **kwargs: Any,
 ) -> Any:
     """A numeric setting, stored as an array leaf.
 
     Python numbers become strongly typed floats; `None` and strings such as "auto" are kept; a
     callable becomes a `Schedule`. Values below `low` (or equal to it, if `strict`) or above `high` are refused, and
-    so are booleans.
+    so are booleans, and infinity unless `infinite`.
     """
-    metadata = {"low": low, "strict": strict, "high": high}
+    metadata = {"low": low, "strict": strict, "high": high, "infinite": infinite}
     return eqx.field(default=default, converter=_to_number, metadata=metadata, **kwargs)
 
 
@@ -140,6 +141,8 @@ def _check_number(where: str, value: Array, bounds: Mapping[Any, Any]) -> None:
     numbers, low, high = np.asarray(value), bounds.get("low"), bounds.get("high")
     if np.isnan(numbers).any():
         raise ValueError(f"{where} is NaN; expected a number.")
+    if not bounds.get("infinite", True) and np.isinf(numbers).any():
+        raise ValueError(f"{where} must be finite, got {value}.")
     if low is not None:
         strict = bounds.get("strict", False)
         if ((numbers <= low) if strict else (numbers < low)).any():

@@ -51,7 +51,7 @@ class FixedPoint(AbstractInnerSolver):
     """
 
     max_steps: int = static(1000, low=1)
-    tol: Number | None = number(None, low=0.0)
+    tol: Number | None = number(None, low=0.0, infinite=False)
     memory: int = static(0, low=0)
 
     lagged = True

@@ -23,7 +23,7 @@ class GradientDescent(AbstractInnerSolver):
     learning_rate: Number | str = number("auto", low=0.0, strict=True)
     momentum: Number = number(0.0, low=0.0)
     max_steps: int = static(100, low=1)
-    tol: Number | None = number(None, low=0.0)
+    tol: Number | None = number(None, low=0.0, infinite=False)
     nesterov: bool = static(False)
 
     measured = ("learning_rate",)

@@ -26,7 +26,7 @@ class JaxoptSolver(AbstractInnerSolver):
 
     name: str = static("LBFGS")
     max_steps: int = static(100, low=1)
-    tol: Number | None = number(None, low=0.0)
+    tol: Number | None = number(None, low=0.0, infinite=False)
     options: tuple[tuple[str, Any], ...] = static((), converter=_as_items)
 
     unrollable = False

@@ -25,7 +25,7 @@ class LBFGS(AbstractInnerSolver):
     """
 
     max_steps: int = static(100, low=1)
-    tol: Number | None = number(None, low=0.0)
+    tol: Number | None = number(None, low=0.0, infinite=False)
     memory: int = static(10, low=1)
 
     unrollable = False

@@ -131,13 +131,13 @@ def judge(
     """Value and recomputed residual at `w`, and the status they deserve.
 
     A tolerance below the rounding level is met there. `tol = 0` asks for a
-    fixed budget: what residual is left is OK.
+    fixed budget: what residual is left is OK. One that a schedule made NaN or infinite is NONFINITE.
     """
     value = objective(w, batch)
     (length, residual), w_finite = tree.norms_and_finite(w, solver.optimality(objective, w, batch))
     floor = rounding_level(value, w, length)
     unmet = (tol > 0) & (residual > jnp.maximum(tol.astype(residual.dtype), floor))
-    finite = jnp.isfinite(residual) & jnp.isfinite(value) & w_finite
+    finite = jnp.isfinite(residual) & jnp.isfinite(value) & jnp.isfinite(tol) & w_finite
     code = status.combine(
         status.where(unmet, Status.MAX_STEPS), status.where(~finite, Status.NONFINITE)
     )

@@ -30,7 +30,7 @@ class Newton(AbstractInnerSolver):
     """
 
     max_steps: int = static(50, low=1)
-    tol: Number | None = number(None, low=0.0)
+    tol: Number | None = number(None, low=0.0, infinite=False)
     linear_solver: AbstractLinearSolver | None = None
 
     second_order = True

@@ -24,7 +24,7 @@ class OptaxSolver(AbstractInnerSolver):
 
     tx: StaticFunction = static(None, converter=StaticFunction)
     max_steps: int = static(100, low=1)
-    tol: Number | None = number(None, low=0.0)
+    tol: Number | None = number(None, low=0.0, infinite=False)
 
     lagged = True
 

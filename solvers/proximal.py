@@ -48,7 +48,7 @@ class ProximalGradient(AbstractInnerSolver):
     """
 
     max_steps: int = static(1000, low=1)
-    tol: Number | None = number(None, low=0.0)
+    tol: Number | None = number(None, low=0.0, infinite=False)
     learning_rate: Number | str = number("auto", low=0.0, strict=True)
     accelerate: bool = static(True)
 

@@ -17,7 +17,7 @@ class Solved(AbstractInnerSolver):
     the solution has to follow `lam`.
     """
 
-    tol: Number | None = number(None, low=0.0)
+    tol: Number | None = number(None, low=0.0, infinite=False)
 
     max_steps: ClassVar[int] = 0
     unrollable = False

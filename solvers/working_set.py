@@ -46,7 +46,7 @@ class WorkingSet(AbstractInnerSolver):
     size: int = static(100, low=1)
     solver: ProximalGradient = eqx.field(default_factory=lambda: ProximalGradient(10_000))
     max_steps: int = static(100, low=1, kw_only=True)
-    tol: Number | None = number(None, low=0.0, kw_only=True)
+    tol: Number | None = number(None, low=0.0, infinite=False, kw_only=True)
 
     unrollable = False
     minibatches = False

@@ -149,8 +149,8 @@ class Adaptive(_LineSearch):
     Source: the line search follows MAID; the control by the defect estimate is ours.
     """
 
-    tol: Number = number(1e-2, low=0.0, strict=True)
-    rtol: Number = number(1e-1, low=0.0, strict=True)
+    tol: Number = number(1e-2, low=0.0, strict=True, infinite=False)
+    rtol: Number = number(1e-1, low=0.0, strict=True, infinite=False)
     target: Number = number(0.1, low=0.0, strict=True)
     largest_error: Number = number(0.5, low=0.0, strict=True)
     tighten: Number = number(0.1, low=0.0, strict=True)
@@ -186,8 +186,8 @@ class MAID(_LineSearch):
     Source: Salehi, Mukherjee, Roberts and Ehrhardt, SIAM J. Math. Data Sci. 2025.
     """
 
-    tol: Number = number(1e-2, low=0.0, strict=True)
-    rtol: Number = number(1e-2, low=0.0, strict=True)
+    tol: Number = number(1e-2, low=0.0, strict=True, infinite=False)
+    rtol: Number = number(1e-2, low=0.0, strict=True, infinite=False)
     largest_error: Number = number(1 - _ARMIJO, low=0.0, strict=True)
     tighten: Number = number(0.5, low=0.0, strict=True)
     loosen: Number = number(1.25, low=1.0)

@@ -73,7 +73,14 @@ def target_residual(b: Tree, rtol: Number | None, atol: Number, unit: Scalar) ->
     b_norm, eps = tree.norm(b), tree.epsilon(b)
     default = 1e-10 if eps < 1e-10 else 1e-5
     relative = jnp.asarray(default, b_norm.dtype) if rtol is None else cast(rtol, b_norm)
-    return jnp.maximum(jnp.maximum(relative, 10 * eps) * b_norm, cast(atol, b_norm) / unit)
+    return larger_target(b_norm, jnp.maximum(relative, 10 * eps), atol, unit)
+
+
+def larger_target(b_norm: Scalar, rtol: Number, atol: Number, unit: Scalar) -> Scalar:
+    """`max(rtol ||b||, atol)`; NaN, which no residual meets, where a schedule made one of them infinite."""
+    rtol, atol = cast(rtol, b_norm), cast(atol, b_norm)
+    target = jnp.maximum(rtol * b_norm, atol / unit)
+    return jnp.where(jnp.isinf(rtol) | jnp.isinf(atol), jnp.nan, target)
 
 
 def step_budget(max_steps: int | None, b: Tree) -> int:

@@ -42,8 +42,8 @@ class CG(AbstractLinearSolver):
     Source: Hestenes and Stiefel 1952; restart and curvature test as in Nocedal and Wright, chapter 7.
     """
 
-    rtol: Number | None = number(None, low=0.0)
-    atol: Number = number(0.0, low=0.0)
+    rtol: Number | None = number(None, low=0.0, infinite=False)
+    atol: Number = number(0.0, low=0.0, infinite=False)
     max_steps: int | None = static(None, low=1)
     preconditioner: AbstractPreconditioner | Callable[[Tree], Tree] | None = None
     steps: Number | None = number(None, low=1.0)

@@ -41,8 +41,8 @@ class Chebyshev(AbstractLinearSolver):
 
     mu: Number | str = number("auto", low=0.0, strict=True)
     L: Number | str = number("auto", low=0.0, strict=True)
-    rtol: Number | None = number(None, low=0.0)
-    atol: Number = number(0.0, low=0.0)
+    rtol: Number | None = number(None, low=0.0, infinite=False)
+    atol: Number = number(0.0, low=0.0, infinite=False)
     max_steps: int = static(1000, low=1)
 
     def __check_init__(self) -> None:

@@ -39,8 +39,8 @@ class GMRES(AbstractLinearSolver):
     """
 
     restart: int = static(20, low=1)
-    rtol: Number | None = number(None, low=0.0)
-    atol: Number = number(0.0, low=0.0)
+    rtol: Number | None = number(None, low=0.0, infinite=False)
+    atol: Number = number(0.0, low=0.0, infinite=False)
     max_steps: int | None = static(None, low=1)
 
     def init(self, matvec: MatVec, like: Tree, key: Array) -> None:

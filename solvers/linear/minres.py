@@ -37,8 +37,8 @@ class MINRES(AbstractLinearSolver):
     Source: Paige and Saunders 1975; the curvature of the residuals as in Liu and Roosta 2022.
     """
 
-    rtol: Number | None = number(None, low=0.0)
-    atol: Number = number(0.0, low=0.0)
+    rtol: Number | None = number(None, low=0.0, infinite=False)
+    atol: Number = number(0.0, low=0.0, infinite=False)
     max_steps: int | None = static(None, low=1)
 
     def init(self, matvec: MatVec, like: Tree, key: Array) -> None:

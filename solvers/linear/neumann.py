@@ -8,7 +8,13 @@ from jax import Array
 
 from solvers import tree
 from solvers.fields import Number, cast, number, static
-from solvers.linear.base import AbstractLinearSolver, LinearInfo, accept_fixed_budget, finish
+from solvers.linear.base import (
+    AbstractLinearSolver,
+    LinearInfo,
+    accept_fixed_budget,
+    finish,
+    larger_target,
+)
 from solvers.linear.spectrum import largest_eigenvalue
 from solvers.status import Status
 from solvers.types import MatVec, Scalar, Tree
@@ -30,8 +36,8 @@ class Neumann(AbstractLinearSolver):
     """
 
     max_steps: int = static(100, low=1)
-    rtol: Number = number(0.0, low=0.0)
-    atol: Number = number(0.0, low=0.0)
+    rtol: Number = number(0.0, low=0.0, infinite=False)
+    atol: Number = number(0.0, low=0.0, infinite=False)
     step: Number | str = number("auto", low=0.0, strict=True)
 
     def __check_init__(self) -> None:
@@ -48,7 +54,7 @@ class Neumann(AbstractLinearSolver):
         self, matvec: MatVec, b: Tree, x0: Tree, state: Any, key: Array, unit: Scalar
     ) -> tuple[Tree, LinearInfo]:
         b_norm = tree.norm(b)
-        target = jnp.maximum(cast(self.rtol, b_norm) * b_norm, cast(self.atol, b_norm) / unit)
+        target = larger_target(b_norm, self.rtol, self.atol, unit)
         automatic = isinstance(self.step, str)
 
         def is_open(c: _Carry) -> Array:

@@ -209,6 +209,8 @@ def test_bad_calls_are_refused(change, error, match):
         (lambda: bl.LBFGS(max_steps=0), ValueError, r"LBFGS\(max_steps=...\)"),
         (lambda: bl.CG(rtol=float("nan")), ValueError, "NaN"),
         (lambda: bl.OptaxSolver(1), TypeError, "optax"),
+        (lambda: bl.schedules.power(1.0, 0.5, offset=0.0), ValueError, "offset must be a positive"),
+        (lambda: bl.schedules.geometric(1.0, -0.5), ValueError, "ratio must be a positive"),
     ],
 )
 def test_bad_settings_are_refused(make, error, match):
@@ -233,15 +235,46 @@ def test_functions_of_a_problem_give_what_is_like_their_variable(part, engine, m
         bl.run(bl.Problem(fit, fit, **part), jnp.ones(2), jnp.ones(3), engine=engine)
 
 
-@pytest.mark.parametrize("outer_tol", [-1.0, float("nan"), "small", True, [1.0, 2.0]])
+@pytest.mark.parametrize("outer_tol", [-1.0, float("nan"), float("inf"), "small", True, [1.0, 2.0]])
 def test_bad_settings_of_a_run_are_refused_before_it(outer_tol):
     never = lambda w, lam, batch: pytest.fail("traced")
-    with pytest.raises(ValueError, match="outer_tol must be a number of at least 0"):
+    with pytest.raises(ValueError, match="outer_tol must be a finite number of at least 0"):
         bl.run(bl.Problem(never, never), 1.0, 1.0, outer_tol=outer_tol)
     with pytest.raises(ValueError, match="time_limit must be a positive number of seconds"):
         bl.run(bl.Problem(never, never), 1.0, 1.0, time_limit=True)
     with pytest.raises(TypeError, match="callback must be a function or None"):
         bl.run(bl.Problem(never, never), 1.0, 1.0, callback=1)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "error", "calls"),
+    [
+        ("throw", "no", TypeError, (bl.hypergradient, bl.run, bl.run_population, bl.replay)),
+        ("throw", 0, TypeError, (bl.hypergradient,)),
+        ("resume", "yes", TypeError, (bl.run, bl.run_population)),
+        ("progress", "loud", ValueError, (bl.run, bl.run_population)),
+        ("progress", 1, ValueError, (bl.run,)),
+        ("progress", "panel", ValueError, (bl.run_population,)),
+    ],
+)
+def test_words_are_no_flags(name, value, error, calls):
+    never = lambda w, lam, batch: pytest.fail("traced")
+    for call in calls:
+        with pytest.raises(error, match=f"{name} must be True"):
+            call(bl.Problem(never, never), jnp.ones(2), 1.0, **{name: value})
+
+
+def test_random_keys_among_the_data(tmp_path):
+    noise = lambda key: jax.random.normal(key, (2,))
+    inner = lambda w, lam, key: 0.5 * jnp.sum((w - lam) ** 2) + w @ noise(key)
+    outer = lambda w, lam, batch: 0.5 * jnp.sum(w**2)
+    key, lam = jax.random.key(3), jnp.ones(2)
+    problem = bl.Problem(inner, outer, key)
+    h = bl.hypergradient(problem, lam, jnp.zeros(2))
+    np.testing.assert_allclose(h.grad, lam - noise(key), rtol=1e-6)
+    to = {"outer": optax.sgd(0.5), "num_steps": 2, "checkpoint": tmp_path, "resume": True}
+    result = bl.run(problem, lam, jnp.zeros(2), **to)
+    np.testing.assert_allclose(result.lam - noise(key), h.grad / 4, rtol=1e-6)
 
 
 def test_the_state_of_another_run_is_refused():

@@ -236,10 +236,24 @@ def test_the_norm_of_a_large_cross_derivative_is_not_computed():
         bl.hypergradient(problem, jnp.zeros(2001), jnp.zeros(2001))
 
 
+def test_constants_below_zero_certify_nothing():
+    """Those of a function are seen no earlier than there."""
+    inner = lambda w, lam, batch: 0.5 * jnp.sum((w - lam) ** 2)
+    outer = lambda w, lam, batch: 0.5 * jnp.sum(w**2)
+    for lipschitz, certified in ((1.0, True), (-1.0, False)):
+        constants = lambda *_, lipschitz=lipschitz: bl.Constants(1.0, 0.0, 0.0, lipschitz, 0.0)
+        problem = bl.Problem(inner, outer, constants=constants)
+        h = bl.hypergradient(problem, jnp.ones(2), jnp.zeros(2))
+        assert np.isfinite(h.info.bound) == certified
+
+
 def test_bad_constants_are_refused():
     case = problems.make("quadratic", 0)
     with pytest.raises(TypeError, match="Constants"):
         bl.Problem(case.inner, case.outer, constants=0.1)
+    for number in (-1.0, float("nan"), np.ones(2)):
+        with pytest.raises(ValueError, match=r"Constants\(cross_lipschitz=...\) must be a number"):
+            bl.Problem(case.inner, case.outer, constants=bl.Constants(1.0, 0.0, number, 1.0, 0.0))
     with pytest.raises(ValueError, match="damping"):
         bl.Implicit(damping="some")
     for y in (np.array([0.0, 2.0]), np.array([0.5, 1.0])):

@@ -22,9 +22,12 @@ from solvers import (
     NystromPreconditioner,
     OptaxSolver,
     ProximalGradient,
+    Status,
 )
 from solvers.fields import Schedule, at_step
+from solvers.loops import solve
 from solvers.static_function import StaticFunction
+from solvers.types import Objective, constant_sampler
 
 
 @pytest.mark.parametrize(
@@ -55,6 +58,10 @@ from solvers.static_function import StaticFunction
         (NystromPreconditioner, "rank", 0),
         (Jacobi, "num_probes", 0),
         (LBFGS, "memory", 0),
+        # Any point would be a solution.
+        (LBFGS, "tol", float("inf")),
+        (CG, "rtol", float("inf")),
+        (GMRES, "atol", float("inf")),
     ],
 )
 def test_values_out_of_bounds_are_refused_by_name(cls, field, value):
@@ -74,6 +81,26 @@ def test_integers_are_refused_as_anything_else(cls, field, value):
 def test_flags_are_refused_as_anything_else():
     with pytest.raises(TypeError, match=r"\(accelerate=\.\.\.\) must be True or False, got 'no'"):
         ProximalGradient(accelerate="no")
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_schedule_that_gives_no_tolerance_solves_nothing(value):
+    """Any point would be within it."""
+    at_zero = lambda settings: at_step(settings, 0)
+    schedule = lambda step: jnp.asarray(value)
+    w, batch = jnp.zeros(3), None
+    loss = lambda w, lam, batch: jnp.sum((w - 1) ** 2)
+    for cls in (LBFGS, Newton, GradientDescent):
+        solver, objective = at_zero(cls(tol=schedule)), Objective(loss, w)
+        state = solver.init(objective, w, batch)
+        info = solve(solver, objective, w, state, constant_sampler(batch))[2]
+        assert info.status == Status.NONFINITE
+    for cls in (CG, MINRES, GMRES, Chebyshev, Neumann):
+        for field in ("rtol", "atol"):
+            solver, key = at_zero(cls(**{field: schedule})), jax.random.key(0)
+            product, b = lambda v: jnp.array([1.0, 2.0, 5.0]) * v, jnp.ones(3)
+            info = solver.solve(product, b, w, solver.init(product, b, key), key)[1]
+            assert info.status == Status.MAX_STEPS
 
 
 @pytest.mark.parametrize(("cls", "field"), [(LBFGS, "steps"), (CG, "steps"), (CG, "rtol")])
