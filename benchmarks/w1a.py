@@ -8,7 +8,7 @@ solution; ours also checks that solution and fills in its report. The error of e
 against a float64 hypergradient from the dense Hessian before anything is timed.
 
 Digits runs twice, with logits (n, classes) and (classes, n): on CPU the second layout turns the
-slow product X'u of every derivative into the fast u'X, for all entries alike.
+slow product X'u of every derivative into the fast u'X. Ours does so by itself in the first.
 
     python benchmarks/w1a.py [--repeats 25] [--out benchmarks/results/w1a_cpu.json]
 """

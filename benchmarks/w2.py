@@ -3,9 +3,9 @@
 1000 training digits, half of the labels redrawn, 397 trusted, 400 test; softmax regression, one sigmoid weight
 per training example, `1e-3 ||w||^2`, batches of 64 on both levels, float32. Each method runs from w = lam = 0
 as one compiled program. "floor" is the arithmetic of one step alone, in a scan over batches that are slices:
-inner gradient, Hessian-vector product with cross derivative, outer gradient, three moves. "bb ..." are the
-same methods of benchmark_bilevel, from a checkout of its repository (nothing of it is in this one). They keep two cores
-busy: under `taskset -c 0` all have one.
+inner gradient, Hessian-vector product with cross derivative, outer gradient, three moves, with the products of the
+losses as they are written (runs turn them round on CPU). "bb ..." are the same methods of benchmark_bilevel, from a
+checkout of its repository (nothing of it is in this one). They keep two cores busy: under `taskset -c 0` all have one.
 
     python benchmarks/w2.py [--peer PATH_OF_BENCHMARK_BILEVEL] [--steps 2000] [--repeats 7]
         [--out benchmarks/results/w2_cpu.json]
