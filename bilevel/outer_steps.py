@@ -15,7 +15,7 @@ from bilevel.compiler_options import IN_ORDER, ONCE, QUICK, known
 from bilevel.compiler_options import jit as jit_with
 from bilevel.footprint import fitted
 from bilevel.outer.base import Evaluation, OuterMethod, at_accuracy
-from bilevel.problem import Problem, Shuffled
+from bilevel.problem import Problem
 from bilevel.result import Best, History, RunState, packed, record
 from bilevel.validation import is_traced
 from hypergrad import AbstractEngine, Hypergradient
@@ -176,9 +176,12 @@ SMALL = 16_000_000
 def compiles_quick(engine: AbstractEngine, problem: Any, state: Any) -> bool:
     """Whether what is compiled quicker, though slower by some percent, is the better program.
 
-    It depends on shapes alone, as the last bits of a result depend on the program.
+    It depends on shapes alone, as the last bits of a result depend on the program. With batches it never is, since
+    rows that are streamed leave open how many there are.
     """
-    if not engine.needs_implicit or type(problem) not in (Problem, Shuffled) or not known(QUICK):
+    if not engine.needs_implicit or type(problem) is not Problem or not known(QUICK):
+        return False
+    if problem.batch_size != (None, None):
         return False
     leaves = [leaf for leaf in jax.tree.leaves((problem, state)) if hasattr(leaf, "dtype")]
     return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves) <= SMALL

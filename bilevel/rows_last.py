@@ -41,36 +41,32 @@ def rows_last(problem: Any) -> Any:
 
 
 def _rows_last(loss: Loss) -> Loss:
-    turned: dict[Any, Any] = {}
+    traced: dict[Any, Any] = {}
 
     def fast(w: Any, lam: Any, batch: Any) -> Array:
         leaves, treedef = jax.tree.flatten((w, lam, batch))
         kind = treedef, *map(jax.typeof, leaves)
-        if kind not in turned:
-            turned[kind] = _turned(loss, treedef, leaves, len(jax.tree.leaves((w, lam))))
-        if turned[kind] is None:
-            return loss(w, lam, batch)
-        return turned[kind](*leaves)
+        if kind not in traced:
+            traced[kind] = _traced(loss, treedef, leaves, len(jax.tree.leaves((w, lam))))
+        closed = traced[kind]
+        return eval_jaxpr(closed.jaxpr, closed.consts, *leaves)[0]
 
     return fast
 
 
-def _turned(loss: Loss, treedef: Any, leaves: list[Any], variables: int) -> Any:
-    """The loss as a function of the leaves, the first of which are variables; None where nothing is to be turned."""
-    plain = jax.make_jaxpr(lambda *leaves: loss(*jax.tree.unflatten(treedef, leaves)))(*leaves)
+def _traced(loss: Loss, treedef: Any, leaves: list[Any], variables: int) -> Any:
+    """The program of the loss, with its narrow products turned; of the leaves the first are variables.
+
+    One trace serves all derivatives: traced again for each of them, a loss is a good part of what a run takes to begin.
+    """
+    closed = jax.make_jaxpr(lambda *leaves: loss(*jax.tree.unflatten(treedef, leaves)))(*leaves)
     varies = [place < variables for place in range(len(leaves))]
-    found: list[Any] = []
-    evaluate = lambda *leaves: _evaluated(plain.jaxpr, plain.consts, leaves, varies, found)[0]
-    closed = jax.make_jaxpr(evaluate)(*leaves)
-    if not found:
-        return None
-    return lambda *leaves: eval_jaxpr(closed.jaxpr, closed.consts, *leaves)[0]
+    evaluate = lambda *leaves: _evaluated(closed.jaxpr, closed.consts, leaves, varies)[0]
+    return jax.make_jaxpr(evaluate)(*leaves)
 
 
-def _evaluated(
-    jaxpr: Jaxpr, consts: Any, inputs: Any, varies: list[bool], found: list[Any]
-) -> list[Any]:
-    """The outputs; `varies` says which inputs depend on a variable. Products that are turned are added to `found`."""
+def _evaluated(jaxpr: Jaxpr, consts: Any, inputs: Any, varies: list[bool]) -> list[Any]:
+    """The outputs; `varies` says which inputs depend on a variable."""
     values = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *inputs), strict=True))
     reached = {v for v, depends in zip(jaxpr.invars, varies, strict=True) if depends}
     read = lambda v: v.val if isinstance(v, Literal) else values[v]
@@ -81,9 +77,8 @@ def _evaluated(
         if equation.primitive.name in ("jit", "pjit"):
             inner = equation.params["jaxpr"]
             operands = [read(v) for v in equation.invars]
-            outputs = _evaluated(inner.jaxpr, inner.consts, operands, depends, found)
+            outputs = _evaluated(inner.jaxpr, inner.consts, operands, depends)
         elif _is_narrow(equation, depends):
-            found.append(equation)
             outputs = [_product(*(read(v) for v in equation.invars), equation.params)]
         else:
             own = list(dict.fromkeys(v for v in equation.invars if not isinstance(v, Literal)))

@@ -121,7 +121,9 @@ def test_first_call_trace_count_is_pinned(count_traces):
     inner, outer = count_traces(case.inner), count_traces(case.outer)
     problem = bl.Problem(inner, outer, case.inner_data, case.outer_data)
     bl.hypergradient(problem, case.lam, case.w)
-    assert (inner.count, outer.count) == (11, 4)
+    # On CPU one trace serves all derivatives of a program's part: its start, its step, its estimate.
+    on_cpu = jax.default_backend() == "cpu"
+    assert (inner.count, outer.count) == ((4, 3) if on_cpu else (11, 4))
 
 
 @pytest.mark.parametrize("name", NAMES)
