@@ -1,4 +1,4 @@
-"""Matrix products of data with a narrow variable, computed the other way round: faster on CPU."""
+"""Matrix products with a narrow variable, computed the other way round: faster on CPU."""
 
 import copy
 from typing import Any, cast
@@ -19,9 +19,9 @@ NARROW = 32
 def rows_last(problem: Any) -> Any:
     """A `Problem`, or `Tasks` of one, with losses in which `X @ w` is `(w.T @ X.T).T` on CPU.
 
-    X (n, d) are data and w (d, k), with k up to `NARROW`, depends on the variables. The values are the same up to
-    rounding. It is for the derivative in w: of `X @ w` it is `X.T @ r`, for which X is packed anew, and of the other
-    `r.T @ X`, which takes X as it lies.
+    X (n, d) are data or a layer's inputs, and w (d, k), with k up to `NARROW`, depends on the variables. The values are
+    the same up to rounding. It is for the derivative in w: of `X @ w` it is `X.T @ r`, for which X is packed anew, and
+    of the other `r.T @ X`, which takes X as it lies.
 
     For one traced program: what is returned has losses of its own, which no later one equals.
     """
@@ -90,7 +90,7 @@ def _evaluated(jaxpr: Jaxpr, consts: Any, inputs: Any, varies: list[bool]) -> li
 
 def _is_narrow(equation: JaxprEqn, depends: list[bool]) -> bool:
     """Whether it is `X @ w`, with as few columns as that."""
-    if equation.primitive.name != "dot_general" or depends != [False, True]:
+    if equation.primitive.name != "dot_general" or not depends[1]:
         return False
     params = equation.params
     X, w = (cast(Any, v.aval) for v in equation.invars)

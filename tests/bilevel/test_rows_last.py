@@ -1,4 +1,4 @@
-"""Products of data with a narrow variable, computed the other way round."""
+"""Products with a narrow variable, computed the other way round."""
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,7 @@ def fitted(product):
 
 
 def network(w, lam, batch):
-    """The second layer's data vary with `w`, so that only the first is turned."""
+    """The second layer's inputs vary with `w`."""
     X, y = batch
     f = jnp.tanh(X @ w) @ (w.T @ w)
     return jnp.mean(jnp.square(f[:, 0] - y.astype(f.dtype))) + jnp.sum(lam**2)
