@@ -57,6 +57,8 @@ def methods() -> dict[str, tuple[bl.AbstractEngine, optax.GradientTransformation
         "F3SA": (bl.F3SA(STEP, 10.0, estimator=bl.STORM(0.1)), optax.sgd(RATE)),
         "MEHA": (bl.MEHA(STEP, c=c), optax.sgd(RATE)),
         "AmIGO": (bl.AmIGO(STEP), optax.sgd(RATE)),
+        "StocBiO": (bl.StocBiO(STEP), optax.sgd(RATE)),
+        "MRBO": (bl.MRBO(STEP), optax.sgd(RATE)),
     }
 
 
@@ -85,7 +87,7 @@ def floor(train: dict, trusted: dict, num_steps: int):
 
 
 def peer(path: Path, name: str, train: dict, trusted: dict, step: float, rate: float):
-    """A solver of benchmark_bilevel ("soba", "saba", "f2sa") on this problem, with these step sizes."""
+    """A solver of benchmark_bilevel ("soba", "saba", ...) on this problem, with these step sizes."""
     fake = types.ModuleType("benchopt")
     base = type("BaseSolver", (), {"run_once": lambda self, _: None})
     vars(fake).update(BaseSolver=base, safe_import_context=contextlib.nullcontext)
@@ -120,9 +122,9 @@ def peer(path: Path, name: str, train: dict, trusted: dict, step: float, rate: f
 
 
 def peers(path: Path, train: dict, trusted: dict, num_steps: int) -> dict:
-    """Calls of benchmark_bilevel's SOBA, SABA and F2SA on this problem."""
+    """Calls of benchmark_bilevel's methods on this problem."""
     calls = {}
-    for name in ("soba", "saba", "f2sa"):
+    for name in ("soba", "saba", "f2sa", "amigo", "stocbio", "mrbo"):
         solver = peer(path, name, train, trusted, STEP, RATE)
 
         def call(solver=solver, saba=name == "saba"):
