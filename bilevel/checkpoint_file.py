@@ -73,6 +73,7 @@ def write(path: Path, found: Content) -> None:
     arrays = {f"leaf_{i}": array for i, array in enumerate(found.arrays)}
     arrays["meta"] = np.asarray(json.dumps(found.meta))
     # NumPy's stub takes any `**arrays` for its boolean option `allow_pickle`.
+    # NumPy's types take any keyword for its own `allow_pickle`.
     put(path, lambda file: np.savez(file, **arrays), force=True)  # type: ignore[arg-type]
 
 

@@ -79,7 +79,7 @@ def function(name: str, value: Any) -> None:
 
 
 def key(value: Any) -> jax.Array:
-    """The key given, or `jax.random.key(0)`, which is not compiled where its words are known."""
+    """The key given, or `jax.random.key(0)`, uncompiled where its words are known (JAX adds that flag at run time)."""
     if value is not None:
         return value
     if jax.config.jax_default_prng_impl != "threefry2x32":  # type: ignore[attr-defined]
